@@ -1,0 +1,31 @@
+"""Exact simplifications of the float graph, run to a fixpoint before anything is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from onnxslim_ptq.graph.graph import Graph
+from onnxslim_ptq.graph.optimize.affine import fold_affine
+from onnxslim_ptq.graph.optimize.batchnorm import fold_batchnorm
+from onnxslim_ptq.graph.optimize.constants import fold_constants
+from onnxslim_ptq.graph.optimize.gemm import normalize_gemm
+
+__all__ = ["PASSES", "optimize"]
+
+PASSES: dict[str, Callable[[Graph], int]] = {
+    "constants": fold_constants,
+    "batchnorm": fold_batchnorm,
+    "affine": fold_affine,
+    "gemm": normalize_gemm,
+}
+
+
+def optimize(graph: Graph) -> dict[str, int]:
+    """Apply every pass until none changes anything; returns how often each one acted."""
+    counts = dict.fromkeys(PASSES, 0)
+    while True:
+        changed = {name: run(graph) for name, run in PASSES.items()}
+        if not any(changed.values()):
+            return counts
+        for name, count in changed.items():
+            counts[name] += count

@@ -1,0 +1,42 @@
+"""Streaming statistics of tensors: bounded in memory, merged exactly in any grouping of the same samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from calib.stats.channel import ChannelStats
+from calib.stats.channel_histogram import ChannelHistogramStats
+from calib.stats.gram import GramStats
+from calib.stats.histogram import HistogramStats
+from calib.stats.minmax import MinMaxStats
+from calib.stats.series import SeriesStats
+from calib.types import Array, Probe, Stats
+
+__all__ = [
+    "COLLECTORS",
+    "ChannelHistogramStats",
+    "ChannelStats",
+    "Collector",
+    "GramStats",
+    "HistogramStats",
+    "MinMaxStats",
+    "SeriesStats",
+]
+
+
+class Collector(Protocol):
+    """A statistic's class: makes an empty one for a probe, or a filled one from a saved state."""
+
+    def __call__(self, probe: Probe) -> Stats: ...
+    def from_state(self, state: Mapping[str, Array]) -> Stats: ...
+
+
+COLLECTORS: dict[str, Collector] = {
+    "channel": ChannelStats,
+    "channel_histogram": ChannelHistogramStats,
+    "gram": GramStats,
+    "histogram": HistogramStats,
+    "minmax": MinMaxStats,
+    "series": SeriesStats,
+}

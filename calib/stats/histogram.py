@@ -1,0 +1,135 @@
+"""A histogram that needs no range: one counter per upper half of a float32."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from math import gcd
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calib.errors import CalibrationError
+from calib.stats.bins import KEYS, Bins, bins_of, fold
+from calib.stats.minmax import MinMaxStats, as_numbers
+from calib.stats.options import options_of
+from calib.types import Array, Probe, SampleId, Stats
+
+__all__ = ["HistogramStats"]
+
+_CHUNK = 1 << 18  # bincount widens its input to 8 bytes per element; this keeps that copy in the L2 cache
+_SMALL = 1 << 12  # below this, adding one by one beats producing 65536 counters
+_UPPER_HALF = 1 if sys.byteorder == "little" else 0
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
+class HistogramStats:
+    """n[k] = number of finite x whose float32 has the upper 16 bits k (sign, exponent, 7 mantissa bits).
+
+    Any shape, any real dtype (a float64 is rounded to float32 for its key only). ``extent`` is a `MinMaxStats`:
+    exact lo and hi, counts of NaN and Inf, the first bad sample. State: ``counts`` int64 [65536], ``every`` int64
+    0-d, and the state of ``extent``. Integer counters make merging exact in any order; mean and deviation are
+    computed from the counters (`Bins.mean`, `Bins.std`) so that they share this property.
+
+    Option ``every`` = k: count each k-th element only (lo, hi, NaN and Inf still see all of them). k is raised
+    until coprime with the tensor's size, else a k dividing the row length would look at a few channels only.
+    """
+
+    def __init__(self, probe: Probe | None = None) -> None:
+        options = options_of(probe, {"every": 1}) if probe is not None else {"every": 1}
+        self.every = int(options["every"])
+        if self.every < 1 or self.every != options["every"]:
+            raise CalibrationError(
+                f"histogram option every: expected a whole number >= 1, got {options['every']}"
+            )
+        self.extent = MinMaxStats()
+        self.counts: NDArray[np.int64] = np.zeros(KEYS, np.int64)
+
+    @property
+    def lo(self) -> float:
+        """Exact smallest finite value, +inf before the first one."""
+        return self.extent.lo
+
+    @property
+    def hi(self) -> float:
+        """Exact largest finite value, -inf before the first one."""
+        return self.extent.hi
+
+    def update(self, x: Array, sample: SampleId) -> None:
+        """Take in one tensor of one sample."""
+        x = as_numbers(x)
+        bad_before = self.extent.nan + self.extent.inf
+        self.extent.update(x, sample)
+        clean = self.extent.nan + self.extent.inf == bad_before
+        every = _coprime(self.every, x.size)
+        flat = np.ascontiguousarray(x).reshape(-1)
+        for start in range(0, x.size, _CHUNK * every):
+            self._count(flat[start : start + _CHUNK * every : every], clean)
+
+    def _count(self, part: Array, clean: bool) -> None:
+        if not clean:
+            part = part[np.isfinite(part)]
+        if part.dtype != np.float32:
+            if part.dtype == np.float64 and (self.hi > _FLOAT32_MAX or self.lo < -_FLOAT32_MAX):
+                part = np.clip(part, -_FLOAT32_MAX, _FLOAT32_MAX)
+            part = part.astype(np.float32)
+        keys = part.view(np.uint16)[_UPPER_HALF::2] if part.flags.c_contiguous else _strided_keys(part)
+        if keys.size < _SMALL:
+            np.add.at(self.counts, keys, 1)
+        else:
+            found = np.bincount(keys)
+            self.counts[: len(found)] += found
+
+    def merge(self, other: Stats) -> None:
+        """Add what ``other`` has seen; TypeError for another statistic, CalibrationError for another ``every``."""
+        if not isinstance(other, HistogramStats):
+            raise TypeError(f"cannot merge {type(other).__name__} into HistogramStats")
+        if other.every != self.every:
+            raise CalibrationError(
+                f"cannot merge histograms counting every {self.every} and every {other.every}"
+            )
+        self.extent.merge(other.extent)
+        self.counts += other.counts
+
+    def state(self) -> dict[str, Array]:
+        """Return the arrays described in the class docstring."""
+        return {**self.extent.state(), "counts": self.counts.copy(), "every": np.array(self.every, np.int64)}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Array]) -> HistogramStats:
+        """Rebuild from what `state` returned; KeyError when an array is missing."""
+        new = cls()
+        new.extent = MinMaxStats.from_state(state)
+        new.every = int(state["every"])
+        new.counts = state["counts"].astype(np.int64)
+        return new
+
+    def bins(self) -> Bins:
+        """Return the non-empty bins of x; CalibrationError when no finite value was seen."""
+        self._require_values()
+        return bins_of(self.counts, self.lo, self.hi)
+
+    def magnitudes(self) -> Bins:
+        """Return the non-empty bins of |x|; CalibrationError when no finite value was seen."""
+        self._require_values()
+        nearest = max(self.lo, -self.hi, 0.0)
+        return bins_of(fold(self.counts), nearest, max(-self.lo, self.hi))
+
+    def values_and_counts(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Return bin centres (float64 [n], ascending, outer bins clipped to lo and hi) and counts (int64 [n])."""
+        bins = self.bins()
+        return bins.values, bins.counts
+
+    def _require_values(self) -> None:
+        if self.extent.count == 0:
+            raise CalibrationError("no finite value was seen, so there is no distribution")
+
+
+def _coprime(every: int, size: int) -> int:
+    while size > 0 and every > 1 and gcd(every, size) > 1:
+        every += 1
+    return every
+
+
+def _strided_keys(part: Array) -> NDArray[np.uint16]:
+    return np.right_shift(part.view(np.uint32), 16).astype(np.uint16)

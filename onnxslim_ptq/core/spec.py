@@ -1,0 +1,124 @@
+"""The plan: where a value is quantized (Site), how (QuantSpec), with which numbers (QParams)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from calib.types import Array, Range
+from numpy.typing import NDArray
+
+from onnxslim_ptq.core.dtypes import IntType
+
+__all__ = ["BiasCodes", "Grain", "PerChannel", "PerTensor", "QParams", "QuantPlan", "QuantSpec", "Result", "Site", "Slot",
+           "Use", "WeightCodes"]
+
+
+@dataclass(frozen=True)
+class PerTensor:
+    """One scale for the whole tensor."""
+
+
+@dataclass(frozen=True)
+class PerChannel:
+    """One scale per index of ``axis``."""
+
+    axis: int
+
+
+Grain = PerTensor | PerChannel
+
+
+@dataclass(frozen=True)
+class Use:
+    """Input ``port`` of node ``node``: only this reader sees the quantized value."""
+
+    node: str
+    port: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """The value ``tensor`` where it is produced: every reader sees it quantized."""
+
+    tensor: str
+
+
+Site = Use | Result
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How a value is quantized: real = (code - zero_point) * scale, code an integer of ``dtype``."""
+
+    dtype: IntType
+    grain: Grain
+    symmetric: bool
+
+
+@dataclass(frozen=True)
+class QParams:
+    """Scale (float64) and zero point (int64), 0-d for PerTensor, [channels] for PerChannel."""
+
+    spec: QuantSpec
+    scale: NDArray[np.float64]
+    zero_point: NDArray[np.int64]
+
+    @property
+    def axis(self) -> int | None:
+        return self.spec.grain.axis if isinstance(self.spec.grain, PerChannel) else None
+
+    def range(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """The real values of the lowest and highest code."""
+        dtype = self.spec.dtype
+        return (dtype.lowest - self.zero_point) * self.scale, (dtype.highest - self.zero_point) * self.scale
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A quantized site: its spec and the id of its numbers in ``QuantPlan.params`` (readers of one tensor share it)."""
+
+    spec: QuantSpec
+    params: str
+
+
+@dataclass(frozen=True)
+class WeightCodes:
+    """An initializer's integer codes, same shape as the float weight, and the rounder that chose them."""
+
+    codes: Array
+    params: QParams
+    rounder: str
+
+
+@dataclass(frozen=True)
+class BiasCodes:
+    """int32 codes of a bias, shape [channels]; scale = activation scale * weight scale; ``clipped`` codes hit int32."""
+
+    codes: NDArray[np.int32]
+    scale: NDArray[np.float64]
+    activation: str
+    weight: str
+    clipped: int
+
+
+@dataclass
+class QuantPlan:
+    """Everything an exporter needs beside the float graph.
+
+    ``activations`` maps sites to slots; ``weights`` and ``biases`` map (node, port) to slots whose codes are in
+    ``weight_codes`` and ``bias_codes`` under the slot's params id; ``skipped`` tells why a node stays float.
+    """
+
+    activations: dict[Site, Slot] = field(default_factory=dict)
+    weights: dict[Use, Slot] = field(default_factory=dict)
+    biases: dict[Use, Slot] = field(default_factory=dict)
+    params: dict[str, QParams] = field(default_factory=dict)
+    ranges: dict[str, tuple[Range, str]] = field(default_factory=dict)
+    weight_codes: dict[str, WeightCodes] = field(default_factory=dict)
+    bias_codes: dict[str, BiasCodes] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def quantized_nodes(self) -> list[str]:
+        return list(dict.fromkeys(use.node for use in self.weights))

@@ -1,0 +1,60 @@
+"""What each deployment target takes, one row per target. Exporters and planners read the row; they do not branch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from onnxslim_ptq.core.dtypes import INT8, UINT8, IntType
+
+__all__ = ["TARGETS", "BiasForm", "Target"]
+
+
+class BiasForm(Enum):
+    """How a Conv or Gemm bias behind quantized inputs is written."""
+
+    INT32 = "int32 codes with scale s_x * s_w"
+    FLOAT = "float32, left as it is"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One row: types, symmetry, which operators are quantized and which need their output quantized too.
+
+    ``output_q``: operators whose integer kernel is only used when the output is quantized as well.
+    ``float16_cast``: a float16 model computes its quantized layers in float32 between casts (no float16 kernels).
+    ``optimizes_here``: ONNX Runtime on this machine is the target, so its optimized graph is checked for weights
+    that would be dequantized at every run. ``exporter`` is a key of ``export.EXPORTERS`` or None: not available yet.
+    """
+
+    name: str
+    activation: IntType
+    symmetric_activation: bool
+    ops: frozenset[str]
+    output_q: frozenset[str]
+    per_channel: frozenset[str]
+    bias: BiasForm
+    float16_cast: bool
+    optimizes_here: bool
+    exporter: str | None
+    highest_opset: int
+    source: str
+
+
+_LINEAR = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+
+TARGETS: dict[str, Target] = {
+    t.name: t
+    for t in (
+        Target("cpu", UINT8, False, _LINEAR, frozenset({"Conv"}), _LINEAR, BiasForm.INT32, True, True, "qdq", 25,
+               "ONNX Runtime CPU: signed activations shared by several readers do not fuse on x86"),
+        Target("generic", INT8, False, _LINEAR, frozenset(), _LINEAR, BiasForm.INT32, False, False, "qdq", 25,
+               "ONNX specification: standard QuantizeLinear and DequantizeLinear only"),
+        Target("tensorrt", INT8, True, _LINEAR, frozenset(), _LINEAR, BiasForm.FLOAT, False, False, "qdq", 25,
+               "TensorRT accepts symmetric int8 only (zero points 0) and no int32 bias behind DequantizeLinear"),
+        Target("openvino", UINT8, False, _LINEAR, frozenset(), _LINEAR, BiasForm.FLOAT, False, False, "qdq", 25,
+               "OpenVINO FakeQuantize: u8 activations, symmetric s8 weights"),
+        Target("ascend", INT8, False, _LINEAR, frozenset(), frozenset({"Conv"}), BiasForm.INT32, False, False, None, 17,
+               "AscendQuant/AscendDequant graphs"),
+    )
+}

@@ -1,0 +1,46 @@
+"""Small exact questions and edits that several passes share."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from calib.types import Array
+
+from onnxslim_ptq.graph.graph import Graph
+
+__all__ = ["bypass", "own_constant", "per_channel_values"]
+
+
+def own_constant(graph: Graph, node: gs.Node, port: int, values: Array) -> None:
+    """Give input ``port`` of ``node`` new constant values without touching other readers of the old constant."""
+    tensor = node.inputs[port] if port < len(node.inputs) else None
+    shared = isinstance(tensor, gs.Constant) and (len(tensor.outputs) > 1 or tensor.name in graph.outputs)
+    if isinstance(tensor, gs.Constant) and not shared:
+        graph.set_value(tensor, values)
+        return
+    base = tensor.name if isinstance(tensor, gs.Constant) else f"{node.name}.bias"
+    graph.set_input(node, port, graph.constant(f"{base}.{node.name}" if shared else base, values))
+
+
+def bypass(graph: Graph, first: gs.Node, last: gs.Node) -> None:
+    """Remove ``last``, which reads ``first`` alone; ``first`` now produces ``last``'s output, whose name is kept."""
+    result = last.outputs[0]
+    graph.remove(last)
+    first.outputs[0] = result
+
+
+def per_channel_values(values: Array | None, channels: int, ndim: int, axis: int) -> Array | None:
+    """``values`` as [channels] float64 when it broadcasts over a rank-``ndim`` tensor as one value per index of ``axis``.
+
+    Scalars and one-element tensors count; None when the constant varies along any other axis.
+    """
+    if values is None or not np.issubdtype(values.dtype, np.floating):
+        return None
+    if values.size == 1 and values.ndim <= ndim:
+        return np.full(channels, float(values.reshape(-1)[0]))
+    if values.ndim > ndim:
+        return None
+    shape = (1,) * (ndim - values.ndim) + values.shape
+    if values.size != channels or shape[axis] != channels:
+        return None
+    return np.asarray(values.reshape(-1), np.float64)

@@ -1,0 +1,1 @@
+"""Tools for building and measuring onnxslim_ptq; no part of the installed package."""
