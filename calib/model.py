@@ -15,13 +15,24 @@ from onnx import TensorProto
 
 from calib import external
 from calib.errors import GraphError
+from calib.tensors import (
+    PAYLOAD_FIELDS,
+    copy_fields,
+    embed,
+    has_plain_dtype,
+    held_values,
+    mark_external,
+    nested_tensors,
+    shaped,
+    to_array,
+)
 from calib.types import Array, InputInfo
-from calib.wire import OWN_FILE, skeleton_bytes
+from calib.wire import OWN_FILE, read_skeleton
 
 __all__ = ["LARGE", "Model", "declared_inputs", "mark_external", "open_model", "to_array"]
 
 LARGE = 1024  # bytes from which a tensor leaves the skeleton
-_EXTERNAL = TensorProto.EXTERNAL
+_IR_OF_FREE_INITIALIZERS = 4  # before, every initializer had to be a graph input as well
 
 
 @dataclass
@@ -37,7 +48,6 @@ class Model:
     weights: dict[str, Array]
     path: Path | None
     nbytes: int
-    _map: mmap.mmap | None = field(default=None, repr=False)
 
     @property
     def name(self) -> str:
@@ -49,7 +59,7 @@ class Model:
         digest = hashlib.sha256(self.proto.SerializeToString(deterministic=True))
         for name in sorted(self.weights):
             digest.update(name.encode())
-            digest.update(np.ascontiguousarray(self.weights[name]).view(np.uint8).data)
+            digest.update(np.ascontiguousarray(self.weights[name]).reshape(-1).view(np.uint8).data)
         return digest.hexdigest()
 
     def inputs(self) -> list[InputInfo]:
@@ -57,7 +67,11 @@ class Model:
 
 
 def declared_inputs(proto: onnx.ModelProto) -> list[InputInfo]:
-    """The inputs a caller must feed: graph inputs without a default value."""
+    """The inputs a caller must feed: graph inputs without a default value.
+
+    Raises:
+        GraphError: an input is not a tensor or has no type numpy can hold.
+    """
     defaults = {t.name for t in proto.graph.initializer}
     return [_input_info(i) for i in proto.graph.input if i.name not in defaults]
 
@@ -66,7 +80,11 @@ def _input_info(value: onnx.ValueInfoProto) -> InputInfo:
     if not value.type.HasField("tensor_type"):
         raise GraphError(f"input '{value.name}' is not a tensor; only tensor inputs can be fed with samples")
     tensor = value.type.tensor_type
-    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+    try:
+        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+    except (KeyError, ValueError, TypeError):
+        raise GraphError(f"input '{value.name}' has the unknown element type {tensor.elem_type}; "
+                         "update onnx or export the model again") from None
     shape = None
     if tensor.HasField("shape"):
         shape = tuple(_dim(d) for d in tensor.shape.dim)
@@ -82,181 +100,164 @@ def _dim(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
 def open_model(source: str | Path | onnx.ModelProto) -> Model:
     """Open a path or a ModelProto (never changed) as a skeleton with lazy weights.
 
-    Raises GraphError when the file is missing, empty, malformed, or its external data is not contained (see
-    ``calib.external``).
+    Constant nodes of the main graph become initializers. Raises GraphError when the file is missing, empty, malformed,
+    or its external data is not contained (see ``calib.external``).
     """
     if isinstance(source, onnx.ModelProto):
-        return _open_proto(source)
+        opened = _Opened(_without_raw_data(source), source=source)
+        return opened.model(None, source.ByteSize())
     path = Path(source)
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise GraphError(f"model '{path}' {what}; give the path of an .onnx file")
-    if path.stat().st_size == 0:
+    size = path.stat().st_size
+    if size == 0:
         raise GraphError(f"model '{path}' is empty; export or download it again")
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     try:
-        proto = onnx.ModelProto.FromString(skeleton_bytes(memoryview(mapped), LARGE))
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise GraphError(f"model '{path}' cannot be read ({error.strerror}); check its permissions") from None
+    try:
+        skeleton = read_skeleton(memoryview(mapped), LARGE)
+        proto = onnx.ModelProto.FromString(skeleton.data)
     except GraphError as error:
         raise GraphError(f"model '{path}': {error}") from None
-    except Exception:
+    except Exception:  # protobuf's DecodeError lies in a private module
         raise GraphError(f"model '{path}' is not an ONNX protobuf file; give the path of an .onnx model") from None
     if not proto.graph.node and not proto.graph.output:
         raise GraphError(f"model '{path}' holds no graph; give the path of an .onnx model")
-    model = Model(proto, {}, path, path.stat().st_size, mapped)
-    _take_out_weights(model)
-    return model
+    return _Opened(proto, path=path, mapped=mapped, spans=skeleton.spans).model(path, size)
 
 
-def _open_proto(proto: onnx.ModelProto) -> Model:
-    skeleton = onnx.ModelProto()
-    for descriptor, value in proto.ListFields():
-        if descriptor.name != "graph":
-            _copy_field(skeleton, descriptor.name, value)
-    for descriptor, value in proto.graph.ListFields():
-        if descriptor.name != "initializer":
-            _copy_field(skeleton.graph, descriptor.name, value)
-    model = Model(skeleton, {}, None, 0)
-    for tensor in proto.graph.initializer:
-        slim = skeleton.graph.initializer.add()
-        raw = tensor.raw_data if tensor.HasField("raw_data") else b""
-        if len(raw) >= LARGE and _has_plain_dtype(tensor.data_type):
-            slim.name, slim.data_type, slim.doc_string = tensor.name, tensor.data_type, tensor.doc_string
-            slim.dims.extend(tensor.dims)
-            mark_external(slim)
-            model.weights[tensor.name] = _shaped(np.frombuffer(raw, np.uint8), tensor)
+def _without_raw_data(source: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of ``source`` whose large plain initializers are empty: copying them would double the memory."""
+    proto = onnx.ModelProto()
+    copy_fields(source, proto, skip=("graph",))
+    copy_fields(source.graph, proto.graph, skip=("initializer",))
+    for tensor in source.graph.initializer:
+        slim = proto.graph.initializer.add()
+        if _is_large(tensor):
+            copy_fields(tensor, slim, skip=PAYLOAD_FIELDS)
         else:
             slim.CopyFrom(tensor)
-    _take_out_weights(model)
-    model.nbytes = skeleton.ByteSize() + sum(w.nbytes for w in model.weights.values())
-    return model
+    return proto
 
 
-def _copy_field(message: onnx.ModelProto | onnx.GraphProto, name: str, value: object) -> None:
-    if hasattr(value, "CopyFrom"):
-        getattr(message, name).CopyFrom(value)
-    elif isinstance(value, (str, bytes, int, float)):
-        setattr(message, name, value)
-    else:
-        getattr(message, name).extend(value)
+def _is_large(tensor: TensorProto) -> bool:
+    inside = tensor.data_location != TensorProto.EXTERNAL and tensor.HasField("raw_data")
+    return inside and has_plain_dtype(tensor.data_type) and len(tensor.raw_data) >= LARGE
 
 
-def _take_out_weights(model: Model) -> None:
-    _lift_constant_nodes(model.proto.graph)
-    for tensor in model.proto.graph.initializer:
-        if tensor.name in model.weights:
-            continue
-        if tensor.data_location == _EXTERNAL:
-            array = _read_external(model, tensor)
-            if _has_plain_dtype(tensor.data_type) and array.nbytes:
-                model.weights[tensor.name] = array
-                mark_external(tensor)
+@dataclass
+class _Opened:
+    """A skeleton whose weights still have to be found: in the mapped file, in external files or in ``source``."""
+
+    proto: onnx.ModelProto
+    path: Path | None = None
+    mapped: mmap.mmap | None = None
+    spans: frozenset[tuple[int, int]] = frozenset()
+    source: onnx.ModelProto | None = None
+    weights: dict[str, Array] = field(default_factory=dict)
+    bytes_beside: int = 0
+
+    def model(self, path: Path | None, nbytes: int) -> Model:
+        _clean_documentation(self.proto)
+        _clean_documentation(self.proto.graph)
+        if not all(isinstance(text, str) for text in _names(self.proto.graph)):  # protobuf hands out bad UTF-8 as bytes
+            raise GraphError("a name in the model is not UTF-8 text; the model is damaged, export it again")
+        if _lift_constant_nodes(self.proto.graph) and self.proto.ir_version < _IR_OF_FREE_INITIALIZERS:
+            self.proto.ir_version = _IR_OF_FREE_INITIALIZERS
+        self._take_out_initializers()
+        for tensor in nested_tensors(self.proto):
+            if tensor.data_location == TensorProto.EXTERNAL:
+                embed(tensor, self._read_external(tensor))
             else:
-                _embed(tensor, array)
-        elif len(tensor.float_data) * 4 >= LARGE and tensor.data_type == TensorProto.FLOAT:
-            model.weights[tensor.name] = onnx.numpy_helper.to_array(tensor)
-            mark_external(tensor)
-    for tensor in _nested_tensors(model.proto.graph):
-        if tensor.data_location == _EXTERNAL:
-            _embed(tensor, _read_external(model, tensor))
+                tensor.ClearField("data_location")
+        return Model(self.proto, self.weights, path, nbytes + self.bytes_beside)
+
+    def _take_out_initializers(self) -> None:
+        """Large plain tensors go to ``weights``, everything else into the skeleton: wherever each was stored."""
+        in_memory = {t.name: t for t in self.source.graph.initializer if _is_large(t)} if self.source else {}
+        seen: set[str] = set()
+        for tensor in self.proto.graph.initializer:
+            if not tensor.name or tensor.name in seen:
+                what = "has no name" if not tensor.name else f"'{tensor.name}' is defined twice"
+                raise GraphError(f"an initializer {what}; the model is damaged, export it again")
+            seen.add(tensor.name)
+            outside = tensor.data_location == TensorProto.EXTERNAL
+            values = self._read_external(tensor) if outside else held_values(in_memory.get(tensor.name, tensor))
+            if has_plain_dtype(tensor.data_type) and values.nbytes >= LARGE:
+                self.weights[tensor.name] = values
+                mark_external(tensor)
+            elif outside:
+                embed(tensor, values)
+            else:
+                tensor.ClearField("data_location")  # written or not, "inside" is the default: one form, one hash
+
+    def _read_external(self, tensor: TensorProto) -> Array:
+        entries = {e.key: e.value for e in tensor.external_data}
+        if entries.get("location") == OWN_FILE and self.mapped is not None:
+            span = (_whole(entries.get("offset")), _whole(entries.get("length")))
+            if span in self.spans:  # else the file itself claims so, and is treated like any other location
+                return shaped(np.frombuffer(self.mapped, np.uint8, span[1], span[0]), tensor)
+        if self.path is None:
+            raise GraphError(f"tensor '{tensor.name}' keeps its data in '{entries.get('location')}', but the model "
+                             "came from memory; pass the path of the .onnx file instead")
+        values = external.read_tensor(self.path, tensor)
+        self.bytes_beside += values.nbytes
+        return values
 
 
-def _lift_constant_nodes(graph: onnx.GraphProto) -> None:
-    """Constant nodes of the main graph become initializers: exporters use both forms for weights."""
+def _clean_documentation(message: onnx.ModelProto | onnx.GraphProto) -> None:
+    """Replace bytes that are not UTF-8 (protobuf reads such strings but does not write them)."""
+    for descriptor, value in message.ListFields():
+        if isinstance(value, bytes):
+            setattr(message, descriptor.name, value.decode(errors="replace"))
+
+
+def _names(graph: onnx.GraphProto) -> Iterator[object]:
+    for value in (*graph.initializer, *graph.input, *graph.output):
+        yield value.name
+    for node in graph.node:
+        yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
+        for attr in node.attribute:
+            yield attr.name
+
+
+def _whole(text: str | None) -> int:
+    return int(text) if text is not None and text.isascii() and text.isdigit() and len(text) < 20 else -1
+
+
+def _lift_constant_nodes(graph: onnx.GraphProto) -> int:
+    """Constant nodes of the main graph become initializers (exporters use both for weights); returns how many."""
     outputs = {o.name for o in graph.output}
     kept = []
     for node in graph.node:
         tensor = _constant_tensor(node) if node.op_type == "Constant" and node.domain in ("", "ai.onnx") else None
-        if tensor is None or node.output[0] in outputs:
+        if tensor is None or len(node.output) != 1 or node.output[0] in outputs:
             kept.append(node)
         else:
             tensor.name = node.output[0]
             graph.initializer.append(tensor)
-    if len(kept) != len(graph.node):
+    lifted = len(graph.node) - len(kept)
+    if lifted:
         copies = [onnx.NodeProto.FromString(n.SerializeToString()) for n in kept]
         del graph.node[:]
         graph.node.extend(copies)
+    return lifted
 
 
 def _constant_tensor(node: onnx.NodeProto) -> TensorProto | None:
     if len(node.attribute) != 1:
         return None
     attr = node.attribute[0]
-    if attr.name == "value":
-        return attr.t
     kinds = {"value_float": (np.float32, attr.f), "value_floats": (np.float32, attr.floats),
              "value_int": (np.int64, attr.i), "value_ints": (np.int64, attr.ints)}
-    if attr.name in kinds:
+    made: TensorProto | None = None
+    if attr.name == "value":
+        made = attr.t
+    elif attr.name in kinds:
         dtype, value = kinds[attr.name]
-        return onnx.numpy_helper.from_array(np.asarray(value, dtype))
-    return None
-
-
-def _nested_tensors(graph: onnx.GraphProto) -> Iterator[TensorProto]:
-    """Tensors that are not initializers of ``graph``: node attributes and everything inside subgraphs."""
-    for node in graph.node:
-        for attr in node.attribute:
-            if attr.HasField("t"):
-                yield attr.t
-            yield from attr.tensors
-            for sub in [attr.g, *attr.graphs] if attr.HasField("g") else attr.graphs:
-                yield from sub.initializer
-                yield from _nested_tensors(sub)
-
-
-def _has_plain_dtype(data_type: int) -> bool:
-    """Whether numpy itself has the type: packed int4, bfloat16 and float8 tensors stay in the skeleton."""
-    try:
-        return onnx.helper.tensor_dtype_to_np_dtype(data_type).isbuiltin == 1 and data_type != TensorProto.STRING \
-            and data_type not in _NOT_PLAIN
-    except (KeyError, TypeError):
-        return False
-
-
-_NOT_PLAIN = {
-    getattr(TensorProto, n)
-    for n in ("BFLOAT16", "FLOAT8E4M3FN", "FLOAT8E4M3FNUZ", "FLOAT8E5M2", "FLOAT8E5M2FNUZ", "FLOAT8E8M0", "INT4",
-              "UINT4", "FLOAT4E2M1", "INT2", "UINT2")
-    if hasattr(TensorProto, n)
-}
-
-
-def _read_external(model: Model, tensor: TensorProto) -> Array:
-    entries = {e.key: e.value for e in tensor.external_data}
-    if entries.get("location") == OWN_FILE and model._map is not None:
-        start, size = int(entries["offset"]), int(entries["length"])
-        return _shaped(np.frombuffer(model._map, np.uint8, size, start), tensor)
-    if model.path is None:
-        raise GraphError(f"tensor '{tensor.name}' keeps its data in '{entries.get('location')}', but the model came "
-                         "from memory; pass the path of the .onnx file instead")
-    return external.read_tensor(model.path, tensor)
-
-
-def _shaped(raw: Array, tensor: TensorProto) -> Array:
-    shape = tuple(tensor.dims)
-    if not _has_plain_dtype(tensor.data_type):
-        return raw
-    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)).newbyteorder("<")
-    if min(shape, default=0) < 0 or int(np.prod(shape, dtype=object)) * dtype.itemsize != raw.nbytes:
-        raise GraphError(f"tensor '{tensor.name}' declares shape {list(shape)} of {dtype} but holds {raw.nbytes} bytes; "
-                         "the model file is damaged, export it again")
-    return raw.view(dtype).reshape(shape)
-
-
-def mark_external(tensor: TensorProto) -> None:
-    """Turn ``tensor`` into a skeleton entry: no payload, data to be supplied by name when a session is made."""
-    for name in ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data", "external_data"):
-        tensor.ClearField(name)
-    tensor.data_location = _EXTERNAL
-    tensor.external_data.add(key="location", value=OWN_FILE)
-
-
-def _embed(tensor: TensorProto, array: Array) -> None:
-    tensor.ClearField("external_data")
-    tensor.ClearField("data_location")
-    tensor.raw_data = np.ascontiguousarray(array).tobytes()
-
-
-def to_array(tensor: TensorProto, weights: dict[str, Array]) -> Array:
-    """The values of an initializer, wherever they lie."""
-    return weights[tensor.name] if tensor.name in weights else onnx.numpy_helper.to_array(tensor)
+        made = onnx.numpy_helper.from_array(np.asarray(value, dtype))
+    return made

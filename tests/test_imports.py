@@ -16,13 +16,14 @@ MAX_LINES = 350
 # which re-exports the API.
 ORDER: tuple[frozenset[str], ...] = (
     frozenset({"calib"}),
+    frozenset({"onnxslim_ptq.errors"}),
     frozenset({"onnxslim_ptq.core"}),
     frozenset({"onnxslim_ptq.rounders"}),
     frozenset({"onnxslim_ptq.graph"}),
     frozenset({"onnxslim_ptq.export"}),
     frozenset({"onnxslim_ptq.workspace"}),
     frozenset({"onnxslim_ptq.steps"}),
-    frozenset({"onnxslim_ptq.recipe"}),
+    frozenset({"onnxslim_ptq.recipe", "onnxslim_ptq.recipes"}),
     frozenset({"onnxslim_ptq.analysis"}),
     frozenset({"onnxslim_ptq.pipeline"}),
     frozenset({"onnxslim_ptq.api", "onnxslim_ptq"}),

@@ -9,7 +9,9 @@ from calib.stats.channel import ChannelStats
 from calib.stats.channel_histogram import ChannelHistogramStats
 from calib.stats.gram import GramStats
 from calib.stats.histogram import HistogramStats
+from calib.stats.mean import MeanStats
 from calib.stats.minmax import MinMaxStats
+from calib.stats.rows import RowStats
 from calib.stats.series import SeriesStats
 from calib.types import Array, Probe, Stats
 
@@ -20,7 +22,9 @@ __all__ = [
     "Collector",
     "GramStats",
     "HistogramStats",
+    "MeanStats",
     "MinMaxStats",
+    "RowStats",
     "SeriesStats",
 ]
 
@@ -37,6 +41,8 @@ COLLECTORS: dict[str, Collector] = {
     "channel_histogram": ChannelHistogramStats,
     "gram": GramStats,
     "histogram": HistogramStats,
+    "mean": MeanStats,
     "minmax": MinMaxStats,
+    "rows": RowStats,
     "series": SeriesStats,
 }

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_graphsurgeon as gs
+
 from calib.model import Model
 from calib.types import Array
-
 from onnxslim_ptq.core.spec import QParams, QuantPlan, Result, Slot, Use
 from onnxslim_ptq.core.targets import Target
 from onnxslim_ptq.graph.graph import Graph

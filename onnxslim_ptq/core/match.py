@@ -1,0 +1,79 @@
+"""Patterns that choose layers: a glob, ``re:`` a regular expression, ``op:`` an operator type."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["Layer", "Pattern", "nearest"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a pattern sees of a layer: node name, operator, weight initializer, and the node's name in the file."""
+
+    node: str
+    op: str
+    weight: str = ""
+    original: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name in (self.node, self.original, self.weight) if name)
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A parsed pattern; ``text`` is what the user wrote. Make it with `Pattern.parse`."""
+
+    text: str
+    op: str | None
+    names: re.Pattern[str] | None
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        """Parse a glob, ``re:…`` or ``op:…``; ValueError when it is empty or no regular expression."""
+        kind, colon, rest = text.partition(":")
+        if not colon or kind not in ("re", "op"):
+            kind, rest = "glob", text
+        if not rest.strip():
+            raise ValueError(
+                f"pattern {text!r} is empty; use a glob, re:<regular expression> or op:<operator>"
+            )
+        if kind == "op":
+            return cls(text, rest, None)
+        try:
+            return cls(text, None, re.compile(rest if kind == "re" else fnmatch.translate(rest)))
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"pattern {text!r} is not a regular expression: {error}") from None
+
+    def matches(self, layer: Layer) -> bool:
+        """Whether the operator, or the whole of any of the layer's names, matches; case-sensitive.
+
+        A glob also matches the name it equals literally, so that a name with brackets can be pasted as it is.
+        """
+        if self.names is None:
+            return layer.op == self.op
+        return any(self.names.fullmatch(name) or name == self.text for name in layer.names)
+
+
+def nearest(pattern: Pattern, layers: Sequence[Layer]) -> str:
+    """The end of an error: names (for ``op:``, operators) of layers like those the pattern may have meant."""
+    if not layers:
+        return "the model has no layer that can be quantized"
+    if pattern.op is not None:
+        return f"the operators are {', '.join(sorted({layer.op for layer in layers}))}"
+    # The words of a name count like the whole, or a short pattern would be unlike every long name.
+    nodes: dict[str, str] = {}
+    for layer in layers:
+        for part in (layer.node, layer.original, *re.split(r"[/.]", layer.node)):
+            if part:
+                nodes.setdefault(part, layer.node)
+    wanted = re.sub(r"\\.|[^\w./-]", "", pattern.text.removeprefix("re:")).strip("./")
+    close = difflib.get_close_matches(wanted, nodes, n=3, cutoff=0.6)
+    near = list(dict.fromkeys(nodes[part] for part in close))
+    names = near or [layer.node for layer in layers[:3]]
+    return f"{'nearest' if near else 'layers are named like'}: {', '.join(map(repr, names))}"
