@@ -94,6 +94,10 @@ def create_session(
     }[options.optimize]
     if options.write_optimized is not None:
         settings.optimized_model_filepath = str(options.write_optimized)
+        # Weights go beside the structure, which is all that anyone reads back.
+        add = settings.add_session_config_entry
+        add("session.optimized_model_external_initializers_file_name", f"{options.write_optimized.name}.data")
+        add("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
     shared = _share(settings, weights, ort) if weights else []
     disabled = ["WeightBiasQuantization"] if options.simulate else []
     try:

@@ -150,6 +150,7 @@ def copy_fields(source: Any, copy: Any, *, skip: Collection[str]) -> None:
         if hasattr(value, "CopyFrom"):
             getattr(copy, descriptor.name).CopyFrom(value)
         elif isinstance(value, (str, bytes, int, float)):
-            setattr(copy, descriptor.name, value)
+            is_bad_text = isinstance(value, bytes) and descriptor.type == descriptor.TYPE_STRING
+            setattr(copy, descriptor.name, value.decode(errors="replace") if is_bad_text else value)
         else:
             getattr(copy, descriptor.name).extend(value)

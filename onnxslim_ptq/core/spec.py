@@ -84,11 +84,13 @@ class Slot:
 
 @dataclass(frozen=True)
 class WeightCodes:
-    """An initializer's integer codes, same shape as the float weight, and the rounder that chose them."""
+    """The integer codes of initializer ``name``, same shape as the float weight, and the rounder that chose them."""
 
     codes: Array
     params: QParams
     rounder: str
+    name: str = ""
+    quantized_name: str = ""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ class BiasCodes:
     activation: str
     weight: str
     clipped: int
+    name: str = ""
 
 
 @dataclass

@@ -69,8 +69,7 @@ class Description:
         """
         flat = np.asarray(values).reshape(-1)
         if flat.dtype.kind == "f" and not np.isfinite(flat).all():
-            raise VerificationError(f"'{name}' holds NaN or infinite values; exclude its layer or check the calibration "
-                                    "data")
+            raise VerificationError(f"'{name}' holds NaN or infinite values; exclude its layer or check the samples")
         if flat.size <= INLINE:
             return flat.tolist()
         single = flat.astype(np.float32) if flat.dtype == np.float64 else flat
@@ -79,7 +78,8 @@ class Description:
 
     def numbers(self, name: str, params: QParams) -> dict[str, Json]:
         zero = params.zero_point.astype(params.spec.dtype.dtype)
-        return {"scale": self.array(f"{name}/scale", params.scale), "zero_point": self.array(f"{name}/zero_point", zero)}
+        return {"scale": self.array(f"{name}/scale", params.scale),
+                "zero_point": self.array(f"{name}/zero_point", zero)}
 
     def json_bytes(self) -> bytes:
         """The document as UTF-8 text, one entry of each table a line; the same for the same document."""
@@ -191,7 +191,7 @@ def _weights(made: Description, plan: QuantPlan, names: _Names, rendered: onnx.M
 
 
 def _initializer_read(node: onnx.NodeProto | None, port: int, producers: Mapping[str, onnx.NodeProto]) -> str | None:
-    """The initializer that input ``port`` of ``node`` comes from, through DequantizeLinear and the like; None without."""
+    """The initializer that input ``port`` of ``node`` comes from, through DequantizeLinear; None without."""
     if node is None or port >= len(node.input):
         return None
     name = node.input[port]
@@ -277,7 +277,4 @@ def _text(value: Json, depth: int) -> str:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     indent = " " * (3 - depth)
     lines = [f"{indent}{json.dumps(key, ensure_ascii=False)}: {_text(v, depth - 1)}" for key, v in value.items()]
-    return "{
-" + ",
-".join(lines) + "
-" + indent[1:] + "}"
+    return "{\n" + ",\n".join(lines) + "\n" + indent[1:] + "}"

@@ -18,13 +18,14 @@ from onnx import TensorProto
 
 from calib.errors import GraphError
 from calib.model import LARGE, Model
+from calib.tensors import has_plain_dtype
 from calib.types import Array
 
 __all__ = ["AtomicFiles", "OutputPaths", "create", "output_paths", "write_model"]
 
 EMBEDDED_LIMIT = 2**31 - 1 - 2**20  # protobuf ends at 2 GiB; the margin is for readers that add to the graph
+_HEAD = frozenset({"name", "dims", "data_type", "doc_string", "metadata_props"})  # a tensor without its values
 _FILE_MODE = 0o640  # umask 027; a stricter umask of the user is kept
-_FOLDER_MODE = 0o750
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class OutputPaths:
 
     def only(self, names: set[str]) -> OutputPaths:
         """The same paths without the optional files that are not among ``names``."""
-        return replace(self, data=self.data if self.data and self.data.name in names else None,
-                       params=self.params if self.params and self.params.name in names else None)
+        data, params = (p if p and p.name in names else None for p in (self.data, self.params))
+        return replace(self, data=data, params=params)
 
     def inside(self, folder: Path) -> OutputPaths:
         """The same names in another folder."""
@@ -119,7 +120,7 @@ class AtomicFiles:
             missing.append(folder)
             folder = folder.parent
         for path in reversed(missing):
-            path.mkdir(_FOLDER_MODE)
+            path.mkdir(0o750)
             self._made.append(path)
 
     def _remove(self) -> None:
@@ -139,7 +140,11 @@ def _move(pairs: list[tuple[Path, Path]]) -> None:
     try:
         for new, final in pairs:
             started.append((new, final, new.with_name(f"{new.name}.old")))
-            _keep(final, started[-1][2])
+            if os.path.lexists(final):
+                try:  # give what stands there a second name
+                    os.link(final, started[-1][2], follow_symlinks=False)
+                except (OSError, NotImplementedError):  # no hard links here (FAT, some network folders)
+                    os.replace(final, started[-1][2])
             os.replace(new, final)
     except BaseException:
         for new, final, old in reversed(started):
@@ -148,15 +153,6 @@ def _move(pairs: list[tuple[Path, Path]]) -> None:
             elif not new.exists():  # it was moved, to where nothing stood
                 final.unlink(missing_ok=True)
         raise
-
-
-def _keep(final: Path, old: Path) -> None:
-    """Give the file that stands at ``final``, if any, a second name."""
-    if os.path.lexists(final):
-        try:
-            os.link(final, old, follow_symlinks=False)
-        except (OSError, NotImplementedError):  # no hard links here (FAT, some network folders)
-            os.replace(final, old)
 
 
 def _refuse_inputs(paths: OutputPaths, protected: list[Path]) -> None:
@@ -207,7 +203,7 @@ def _flush_folder(path: Path) -> None:
 
 @dataclass(frozen=True)
 class _Initializer:
-    """A large initializer: its proto without values, and the values as contiguous or strided little-endian array."""
+    """A large initializer: its proto without values, and the values, little-endian, wherever they lie."""
 
     head: TensorProto
     values: Array
@@ -277,10 +273,9 @@ def _initializer(tensor: TensorProto, model: Model) -> bytes | _Initializer:
     elif values.dtype != onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type) or values.shape != tuple(tensor.dims):
         raise GraphError(f"initializer '{tensor.name}' is declared as {list(tensor.dims)} but its values are "
                          f"{values.dtype}{list(values.shape)}; this is a defect here, please report it")
-    elif values.dtype.isbuiltin != 1:  # int4, bfloat16, ...: packed below a byte where the format says so
+    elif not has_plain_dtype(tensor.data_type):  # int4, bfloat16, ...: packed below a byte where the format says so
         values = np.frombuffer(onnx.numpy_helper.from_array(values).raw_data, np.uint8)
-    head = TensorProto(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type, doc_string=tensor.doc_string,
-                       metadata_props=tensor.metadata_props)
+    head = TensorProto(**{field.name: value for field, value in tensor.ListFields() if field.name in _HEAD})
     return _Initializer(head, values.astype(values.dtype.newbyteorder("<"), copy=False))
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from calib.types import Array
 
+from calib.types import Array
 from onnxslim_ptq.graph.graph import Graph
 
 __all__ = ["bypass", "own_constant", "per_channel_values"]
@@ -30,7 +30,7 @@ def bypass(graph: Graph, first: gs.Node, last: gs.Node) -> None:
 
 
 def per_channel_values(values: Array | None, channels: int, ndim: int, axis: int) -> Array | None:
-    """``values`` as [channels] float64 when it broadcasts over a rank-``ndim`` tensor as one value per index of ``axis``.
+    """``values`` as [channels] float64 when it broadcasts over a rank-``ndim`` tensor as one value per ``axis`` index.
 
     Scalars and one-element tensors count; None when the constant varies along any other axis.
     """

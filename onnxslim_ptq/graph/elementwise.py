@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from calib.provider import SessionOptions, create_session
 from numpy.typing import NDArray
 
+from calib.provider import SessionOptions, create_session
 from onnxslim_ptq.graph.graph import Graph
 
 __all__ = ["Aftermath", "aftermath"]

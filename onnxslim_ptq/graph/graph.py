@@ -8,90 +8,109 @@ values of constants are read through :meth:`Graph.value` only.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from calib.errors import GraphError
+from onnx import TensorProto
+
 from calib.model import LARGE, Model, mark_external
+from calib.tensors import copy_fields, has_plain_dtype
 from calib.types import Array
-from onnx import AttributeProto, TensorProto
+from onnxslim_ptq.graph.convert import (
+    Origin,
+    all_names,
+    export_node,
+    import_graph,
+    in_order,
+    plain_attributes,
+    subgraphs,
+)
 
 __all__ = ["Graph"]
 
 logging.getLogger("onnx_graphsurgeon").setLevel(logging.ERROR)
-_KEPT = {AttributeProto.INT, AttributeProto.FLOAT, AttributeProto.STRING, AttributeProto.INTS, AttributeProto.FLOATS,
-         AttributeProto.STRINGS}
-
-
-@dataclass(frozen=True)
-class _Origin:
-    """What a node was in the file: its proto and how many inputs it has besides the values its subgraphs capture."""
-
-    proto: onnx.NodeProto
-    arity: int
+_IR_OF_FREE_INITIALIZERS = 4  # before, every initializer had to be a graph input as well
 
 
 class Graph:
-    """Nodes, tensors and constants of a model's main graph, with an index from names to both."""
+    """Nodes, tensors and constants of a model's main graph, with an index from names to both.
+
+    ``model`` is never changed. ``inputs`` are the values a caller must feed: an initializer that was also listed as
+    input is a constant here. ``notes`` tells what the import changed.
+    """
 
     def __init__(self, model: Model) -> None:
+        source = model.proto.graph
         self.model = model
         self.weights: dict[str, Array] = dict(model.weights)
         self.notes: list[str] = []
-        self._origins: dict[int, _Origin] = {}
-        self._protos = {t.name: t for t in model.proto.graph.initializer}
+        self._protos = {t.name: t for t in source.initializer}
+        self.inputs = [i for i in source.input if i.name not in self._protos]
+        self._note_defaults([i.name for i in source.input if i.name in self._protos])
+        graph, origins = import_graph(model.proto, self.inputs)
+        self._input_tensors: dict[str, gs.Tensor] = {t.name: t for t in graph.inputs}
+        self._names = all_names(source)
+        self._nodes: dict[str, gs.Node] = {n.name: n for n in graph.nodes}
+        self._origins = {n.name: o for n, o in zip(graph.nodes, origins, strict=True)}
         self._produced: dict[str, gs.Tensor] = {}
-        self._drop_default_inputs()
-        self.gs = self._import()
+
+    def _note_defaults(self, names: Sequence[str]) -> None:
+        if names:
+            self.notes.append(f"{len(names)} initializers were also graph inputs; they are constants now "
+                              f"(first: {names[0]})")
 
     # ---- reading
 
     @property
     def nodes(self) -> list[gs.Node]:
-        return list(self.gs.nodes)
+        """The nodes in file order, added ones last; a copy, so that passes may remove nodes while they walk it."""
+        return list(self._nodes.values())
 
     @property
     def opset(self) -> int:
         return next((o.version for o in self.model.proto.opset_import if o.domain in ("", "ai.onnx")), 1)
 
-    @property
-    def outputs(self) -> set[str]:
-        return {o.name for o in self.model.proto.graph.output}
+    @cached_property
+    def outputs(self) -> frozenset[str]:
+        return frozenset(o.name for o in self.model.proto.graph.output)
 
     def node(self, name: str) -> gs.Node:
-        return self._by_name[name]
+        """The node of that name; raises KeyError."""
+        return self._nodes[name]
 
     def tensor(self, name: str) -> gs.Tensor:
-        """The tensor a node produces or a graph input, by name."""
-        if not self._produced:
-            self._produced = {t.name: t for n in self.gs.nodes for t in n.outputs if t.name}
-            self._produced.update({t.name: t for t in self.gs.inputs})
+        """The tensor a node produces or a graph input, by name; raises KeyError when there is none."""
+        if name in self._input_tensors:
+            return self._input_tensors[name]
+        known = self._produced.get(name)
+        if known is None or not known.inputs:  # the index is not made yet, or the value's node was removed since
+            self._produced = {t.name: t for n in self._nodes.values() for t in n.outputs if t.name}
         return self._produced[name]
 
     def value(self, tensor: gs.Tensor | None) -> Array | None:
-        """The values of a constant tensor, or None when it is not constant (or not representable in numpy)."""
+        """The values of a constant (in an ml_dtypes type where numpy has none), or None when it is not constant."""
         if not isinstance(tensor, gs.Constant):
             return None
         if tensor.name in self.weights:
             return self.weights[tensor.name]
-        proto = self._protos.get(tensor.name)
-        return onnx.numpy_helper.to_array(proto) if proto is not None else np.asarray(tensor.values)
+        values: Array = onnx.numpy_helper.to_array(self._protos[tensor.name])
+        return values
 
     def is_constant(self, tensor: gs.Tensor | None) -> bool:
         return isinstance(tensor, gs.Constant)
 
     def has_subgraph(self, node: gs.Node) -> bool:
-        origin = self._origins.get(id(node))
-        return origin is not None and any(a.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS)
-                                          for a in origin.proto.attribute)
+        origin = self._origins.get(node.name)
+        return origin is not None and next(subgraphs(origin.proto), None) is not None
 
     def producer(self, tensor: gs.Tensor) -> gs.Node | None:
         return tensor.inputs[0] if tensor.inputs else None
 
     def consumers(self, tensor: gs.Tensor) -> list[gs.Node]:
+        """The nodes that read ``tensor``, each once; a node whose subgraph reads it counts."""
         seen: dict[int, gs.Node] = {id(n): n for n in tensor.outputs}
         return list(seen.values())
 
@@ -106,164 +125,122 @@ class Graph:
 
     def constant(self, name: str, values: Array) -> gs.Constant:
         """A new constant; its name is made unique by a numeric suffix."""
-        unique, count = name, 1
-        taken = self._tensor_names
-        while unique in taken:
-            unique, count = f"{name}_{count}", count + 1
-        taken.add(unique)
-        values = np.ascontiguousarray(values).reshape(np.shape(values))
-        self.weights[unique] = values
-        return gs.Constant(unique, values)
+        unique = self._new_name(name, self._names)
+        self.weights[unique] = _contiguous(values)
+        return gs.Constant(unique, _NO_VALUES)
 
     def set_value(self, tensor: gs.Constant, values: Array) -> None:
         """Replace the values of a constant that no other node reads."""
-        self.weights[tensor.name] = np.ascontiguousarray(values).reshape(np.shape(values))
+        self.weights[tensor.name] = _contiguous(values)
         self._protos.pop(tensor.name, None)
 
     def variable(self, name: str) -> gs.Variable:
-        unique, count = name, 1
-        while unique in self._tensor_names:
-            unique, count = f"{name}_{count}", count + 1
-        self._tensor_names.add(unique)
-        return gs.Variable(unique)
+        """A new value without producer; its name is made unique by a numeric suffix."""
+        return gs.Variable(self._new_name(name, self._names))
 
-    def add_node(self, op: str, name: str, inputs: list[gs.Tensor], outputs: list[gs.Tensor],
-                 attrs: dict[str, object] | None = None, domain: str = "") -> gs.Node:
-        unique, count = name, 1
-        while unique in self._by_name:
-            unique, count = f"{name}_{count}", count + 1
-        node = gs.Node(op, unique, attrs or {}, inputs, outputs, domain=domain or None)
-        self.gs.nodes.append(node)
-        self._by_name[unique] = node
+    def add_node(self, op: str, name: str, inputs: Sequence[gs.Tensor], outputs: Sequence[gs.Tensor],
+                 attrs: Mapping[str, object] | None = None, domain: str = "") -> gs.Node:
+        """A new node; its name is made unique by a numeric suffix, its place follows from its inputs."""
+        unique = self._new_name(name, self._nodes)
+        node = gs.Node(op, unique, dict(attrs or {}), list(inputs), list(outputs), domain=domain or None)
+        self._nodes[unique] = node
+        self._produced.update((t.name, t) for t in node.outputs)
         return node
 
     def set_input(self, node: gs.Node, port: int, tensor: gs.Tensor) -> None:
-        while len(node.inputs) <= port:
-            node.inputs.append(gs.Variable.empty())
-            self._widen(node)
+        """Let ``node`` read ``tensor`` at ``port``, adding empty inputs before it where there are none yet."""
+        if len(node.inputs) <= port:
+            if self.has_subgraph(node):
+                raise ValueError(f"node '{node.name}' cannot get more inputs: captured values follow its own")
+            node.inputs.extend([gs.Variable.empty() for _ in range(port + 1 - len(node.inputs))])
+            if node.name in self._origins:
+                self._origins[node.name] = Origin(self._origins[node.name].proto, port + 1)
         node.inputs[port] = tensor
 
-    def set_attributes(self, node: gs.Node, attrs: dict[str, object]) -> None:
-        """Give a node new plain attributes; they replace those of the file."""
+    def set_attributes(self, node: gs.Node, attrs: Mapping[str, object]) -> None:
+        """Give a node new plain attributes in place of its old ones; tensors, types and subgraphs stay."""
+        old = dict(node.attrs)
         node.attrs.clear()
         node.attrs.update(attrs)
-        origin = self._origins.get(id(node))
-        if origin is not None:
-            bare = onnx.NodeProto()
-            bare.CopyFrom(origin.proto)
-            del bare.attribute[:]
-            bare.attribute.extend(onnx.helper.make_attribute(k, v) for k, v in attrs.items())
-            self._origins[id(node)] = _Origin(bare, origin.arity)
+        origin = self._origins.get(node.name)
+        if origin is None:
+            return
+        bare = onnx.NodeProto()
+        bare.CopyFrom(origin.proto)
+        plain = {a.name: a for a in plain_attributes(origin.proto)}
+        del bare.attribute[:]
+        bare.attribute.extend(a for a in origin.proto.attribute
+                              if a.name not in plain or (a.name in attrs and old[a.name] == attrs[a.name]))
+        kept = {a.name for a in bare.attribute}
+        bare.attribute.extend(onnx.helper.make_attribute(k, v) for k, v in attrs.items() if k not in kept)
+        self._origins[node.name] = Origin(bare, origin.arity)
 
     def remove(self, node: gs.Node) -> None:
         """Take a node out; its inputs and outputs are disconnected."""
         node.inputs.clear()
         node.outputs.clear()
-        self.gs.nodes.remove(node)
-        self._by_name.pop(node.name, None)
+        del self._nodes[node.name]
+        self._origins.pop(node.name, None)
 
     def replace_everywhere(self, old: gs.Tensor, new: gs.Tensor) -> None:
-        """Let every reader of ``old`` read ``new``; ``old`` must not be a graph output nor captured by a subgraph."""
-        for node in self.consumers(old):
+        """Let every reader of ``old`` read ``new``; ``old`` must not be a graph output.
+
+        Raises:
+            ValueError: a subgraph reads ``old``; it does so by name, which cannot be changed from outside.
+        """
+        readers = self.consumers(old)
+        if any(self.has_subgraph(n) and _position(n, old) >= self._origins[n.name].arity for n in readers):
+            raise ValueError(f"value '{old.name}' is read by name inside a subgraph")
+        for node in readers:
             for port, tensor in enumerate(node.inputs):
                 if tensor is old:
                     node.inputs[port] = new
 
-    # ---- to and from a Model
+    def _new_name(self, name: str, taken: set[str] | dict[str, gs.Node]) -> str:
+        unique, count = name, 1
+        while unique in taken:
+            unique, count = f"{name}_{count}", count + 1
+        if isinstance(taken, set):
+            taken.add(unique)
+        return unique
 
-    def _drop_default_inputs(self) -> None:
-        graph = self.model.proto.graph
-        constants = set(self._protos)
-        names = [i.name for i in graph.input if i.name in constants]
-        if not names:
-            return
-        kept = [i for i in graph.input if i.name not in constants]
-        copies = [onnx.ValueInfoProto.FromString(i.SerializeToString()) for i in kept]
-        del graph.input[:]
-        graph.input.extend(copies)
-        self.notes.append(f"{len(names)} initializers were also graph inputs; they are constants now (first: {names[0]})")
-
-    def _import(self) -> gs.Graph:
-        source = self.model.proto
-        slim = onnx.GraphProto(name=source.graph.name or "graph")
-        slim.input.extend(source.graph.input)
-        slim.output.extend(source.graph.output)
-        slim.initializer.extend(source.graph.initializer)
-        captured = []
-        for node in source.graph.node:
-            bare = slim.node.add()
-            bare.CopyFrom(node) if not node.attribute else _copy_without_graphs(node, bare)
-            extra = sorted(_captured(node))
-            captured.append(len(bare.input))
-            bare.input.extend(extra)
-        graph = gs.import_onnx(onnx.helper.make_model_gen_version(slim, opset_imports=source.opset_import))
-        for gs_node, proto, arity in zip(graph.nodes, source.graph.node, captured, strict=True):
-            self._origins[id(gs_node)] = _Origin(proto, arity)
-        self._tensor_names = _all_names(source.graph)
-        _unique_node_names(graph.nodes)
-        self._by_name = {n.name: n for n in graph.nodes}
-        return graph
-
-    def _widen(self, node: gs.Node) -> None:
-        origin = self._origins.get(id(node))
-        if origin is not None:
-            self._origins[id(node)] = _Origin(origin.proto, origin.arity + 1)
+    # ---- to a Model
 
     def to_model(self) -> Model:
         """The graph as a skeleton Model: same header, inputs, outputs, documentation and metadata as the source."""
         source = self.model.proto
         proto = onnx.ModelProto()
-        for descriptor, value in source.ListFields():
-            if descriptor.name in ("graph", "opset_import", "functions", "metadata_props", "training_info"):
-                continue
-            setattr(proto, descriptor.name, value)
-        for name in ("opset_import", "functions", "metadata_props", "training_info"):
-            getattr(proto, name).extend(getattr(source, name))
-        graph = proto.graph
-        graph.name, graph.doc_string = source.graph.name, source.graph.doc_string
-        graph.input.extend(source.graph.input)
-        graph.output.extend(source.graph.output)
-        graph.metadata_props.extend(source.graph.metadata_props)
-        graph.sparse_initializer.extend(source.graph.sparse_initializer)
-        ordered = _in_order(self.gs.nodes)
-        graph.node.extend(self.export_node(n) for n in ordered)
+        copy_fields(source, proto, skip=("graph",))
+        copy_fields(source.graph, proto.graph, skip=("node", "initializer", "input", "value_info"))
+        ordered = in_order(self._nodes.values())
         made = {o.name for n in ordered for o in n.outputs}
-        graph.value_info.extend(v for v in source.graph.value_info if v.name in made)
-        weights = self._export_constants(graph, ordered)
-        return Model(proto, weights, self.model.path, self.model.nbytes)
+        proto.graph.input.extend(self.inputs)
+        proto.graph.node.extend(self.export_node(n) for n in ordered)
+        proto.graph.value_info.extend(v for v in source.graph.value_info if v.name in made)
+        read = dict.fromkeys(t.name for n in ordered for t in n.inputs if isinstance(t, gs.Constant))
+        weights = self._export_constants(proto.graph, read)
+        if proto.graph.initializer:
+            proto.ir_version = max(proto.ir_version, _IR_OF_FREE_INITIALIZERS)
+        return Model(proto, weights, self.model.path, proto.ByteSize() + sum(w.nbytes for w in weights.values()))
 
     def export_node(self, node: gs.Node) -> onnx.NodeProto:
-        origin = self._origins.get(id(node))
-        inputs = [t.name for t in node.inputs]
-        outputs = [t.name for t in node.outputs]
-        if origin is None:
-            proto = onnx.helper.make_node(node.op, inputs, outputs, name=node.name, domain=node.domain or "",
-                                          **node.attrs)
-            return proto
-        proto = onnx.NodeProto()
-        proto.CopyFrom(origin.proto)
-        del proto.input[:], proto.output[:]
-        proto.input.extend(inputs[: origin.arity])
-        proto.output.extend(outputs)
-        proto.op_type = node.op
-        proto.name = node.name
-        return proto
+        """The node as it will stand in the file."""
+        return export_node(node, self._origins.get(node.name))
 
-    def _export_constants(self, graph: onnx.GraphProto, nodes: Iterable[gs.Node]) -> dict[str, Array]:
+    def _export_constants(self, graph: onnx.GraphProto, read: Collection[str]) -> dict[str, Array]:
+        """Write the constants that nodes or graph outputs read: first those of the file in its order, then new ones."""
         weights: dict[str, Array] = {}
-        wanted = {t.name: t for n in nodes for t in n.inputs if isinstance(t, gs.Constant)}
-        for name in self.outputs & (set(self._protos) | set(self.weights)):
-            wanted.setdefault(name, None)
-        for name in wanted:
+        first = [t.name for t in self.model.proto.graph.initializer if t.name in read or t.name in self.outputs]
+        for name in dict.fromkeys([*first, *read]):
+            values = self.weights.get(name)
             if name in self._protos:
                 graph.initializer.append(self._protos[name])
-                if name in self.weights:
-                    weights[name] = self.weights[name]
+                if values is not None:
+                    weights[name] = values
                 continue
-            values = self.weights[name]
-            if values.nbytes >= LARGE:
-                tensor = TensorProto(name=name, dims=values.shape,
-                                     data_type=onnx.helper.np_dtype_to_tensor_dtype(values.dtype))
+            assert values is not None
+            if values.nbytes >= LARGE and has_plain_dtype(_data_type(values)):
+                tensor = TensorProto(name=name, dims=values.shape, data_type=_data_type(values))
                 mark_external(tensor)
                 weights[name] = values
             else:
@@ -272,73 +249,16 @@ class Graph:
         return weights
 
 
-def _copy_without_graphs(node: onnx.NodeProto, bare: onnx.NodeProto) -> None:
-    bare.op_type, bare.name, bare.domain = node.op_type, node.name, node.domain
-    bare.input.extend(node.input)
-    bare.output.extend(node.output)
-    bare.attribute.extend(a for a in node.attribute if a.type in _KEPT and not a.ref_attr_name)
+_NO_VALUES = np.zeros(0, np.float32)  # of every graphsurgeon constant: the values are in ``Graph.weights``
 
 
-def _captured(node: onnx.NodeProto) -> set[str]:
-    """Names of outer values that the node's subgraphs read."""
-    names: set[str] = set()
-    for attr in node.attribute:
-        for sub in [attr.g] if attr.type == AttributeProto.GRAPH else attr.graphs:
-            inner = {i.name for i in sub.input} | {t.name for t in sub.initializer}
-            inner |= {o for n in sub.node for o in n.output}
-            used = {i for n in sub.node for i in n.input if i} | {o.name for o in sub.output}
-            for child in sub.node:
-                used |= _captured(child)
-            names |= used - inner
-    return names
+def _contiguous(values: Array) -> Array:
+    return np.ascontiguousarray(values).reshape(np.shape(values))  # ascontiguousarray makes scalars 1-D
 
 
-def _all_names(graph: onnx.GraphProto) -> set[str]:
-    names = {t.name for t in graph.initializer} | {i.name for i in graph.input} | {o.name for o in graph.output}
-    for node in graph.node:
-        names.update(node.input, node.output)
-        for attr in node.attribute:
-            for sub in [attr.g] if attr.type == AttributeProto.GRAPH else attr.graphs:
-                names |= _all_names(sub)
-    return names
+def _data_type(values: Array) -> int:
+    return int(onnx.helper.np_dtype_to_tensor_dtype(values.dtype))
 
 
-def _unique_node_names(nodes: Iterable[gs.Node]) -> None:
-    """Unnamed nodes are named after their first output, duplicates get a suffix: both stable from run to run."""
-    taken: set[str] = set()
-    for node in nodes:
-        base = node.name or f"{node.op}_{node.outputs[0].name if node.outputs else len(taken)}"
-        name, count = base, 1
-        while name in taken:
-            name, count = f"{base}#{count + 1}", count + 1
-        node.name = name
-        taken.add(name)
-
-
-def _in_order(nodes: list[gs.Node]) -> list[gs.Node]:
-    """A stable topological order: nodes keep their place unless an input is produced later."""
-    done: set[int] = set()
-    ordered: list[gs.Node] = []
-    for root in nodes:
-        stack: list[tuple[gs.Node, Iterator[gs.Node]]] = []
-        if id(root) not in done:
-            stack.append((root, _producers(root)))
-        on_path = {id(root)}
-        while stack:
-            node, todo = stack[-1]
-            nxt = next((p for p in todo if id(p) not in done), None)
-            if nxt is None:
-                stack.pop()
-                on_path.discard(id(node))
-                done.add(id(node))
-                ordered.append(node)
-            elif id(nxt) in on_path:
-                raise GraphError(f"the graph has a cycle through node '{nxt.name}'; export the model again")
-            else:
-                on_path.add(id(nxt))
-                stack.append((nxt, _producers(nxt)))
-    return ordered
-
-
-def _producers(node: gs.Node) -> Iterator[gs.Node]:
-    return iter([t.inputs[0] for t in node.inputs if t.inputs])
+def _position(node: gs.Node, tensor: gs.Tensor) -> int:
+    return max(port for port, t in enumerate(node.inputs) if t is tensor)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from calib.types import Array
 from onnx.reference import ReferenceEvaluator
 
+from calib.types import Array
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.linears import LINEAR_OPS
 

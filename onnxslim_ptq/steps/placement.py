@@ -1,0 +1,124 @@
+"""Decides where values are quantized, from the layers, their choices and the target's row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxslim_ptq.core.choice import LayerChoice
+from onnxslim_ptq.core.dtypes import INT8, INT32
+from onnxslim_ptq.core.spec import PerChannel, PerTensor, QuantPlan, QuantSpec, Result, Slot, Use
+from onnxslim_ptq.core.targets import BiasForm, Target
+from onnxslim_ptq.graph.graph import Graph
+from onnxslim_ptq.graph.linears import Linear
+
+__all__ = ["PlacedTensor", "Placement", "place"]
+
+
+@dataclass
+class PlacedTensor:
+    """A value to be quantized once: ``readers`` are the layers that multiply it with a weight.
+
+    ``at_result``: quantized where it is produced, for every reader, because the producing layer's integer kernel needs
+    a quantized output.
+    """
+
+    params: str
+    tensor: str
+    spec: QuantSpec
+    choice: LayerChoice
+    readers: list[Linear] = field(default_factory=list)
+    at_result: bool = False
+
+
+@dataclass
+class Placement:
+    """The layers that will be quantized with their choices, the values that need a range, and who stays float."""
+
+    layers: dict[str, tuple[Linear, LayerChoice]] = field(default_factory=dict)
+    tensors: dict[str, PlacedTensor] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def plan(self, target: Target) -> QuantPlan:
+        """The plan with all its slots; numbers and codes are still missing."""
+        plan = QuantPlan(skipped=dict(self.skipped))
+        for placed in self.tensors.values():
+            if placed.at_result:
+                plan.activations[Result(placed.tensor)] = Slot(placed.spec, placed.params)
+        for layer, choice in self.layers.values():
+            params = activation_params(layer, choice)
+            plan.activations[Use(layer.node, layer.activation)] = Slot(self.tensors[params].spec, params)
+            plan.weights[Use(layer.node, layer.weight)] = Slot(weight_spec(layer, choice, target), weight_params(layer, choice))
+            if layer.bias is not None and target.bias is BiasForm.INT32:
+                plan.biases[Use(layer.node, layer.bias)] = Slot(QuantSpec(INT32, PerChannel(0), True), f"{layer.node}.bias")
+        return plan
+
+
+def activation_params(layer: Linear, choice: LayerChoice) -> str:
+    """Readers of one tensor share its numbers unless they want another type, symmetry or range."""
+    return f"{layer.activation_name}@{choice.activation}{'s' if choice.symmetric else ''}@{choice.range_name}"
+
+
+def weight_params(layer: Linear, choice: LayerChoice) -> str:
+    axis = layer.channel_axis if choice.per_channel else None
+    return f"{layer.weight_name}@{axis}"
+
+
+def weight_spec(layer: Linear, choice: LayerChoice, target: Target) -> QuantSpec:
+    per_channel = choice.per_channel and layer.channel_axis is not None and layer.op in target.per_channel
+    return QuantSpec(INT8, PerChannel(layer.channel_axis or 0) if per_channel else PerTensor(), True)
+
+
+def place(graph: Graph, layers: Mapping[str, tuple[Linear, LayerChoice]], target: Target,
+          output_q: frozenset[str] = frozenset(), floats: Mapping[str, str] = {}) -> Placement:
+    """Sites for every layer; ``output_q`` names further layers whose output is quantized, ``floats`` maps layers that
+    were found to be better left float to the reason."""
+    placement = Placement(skipped=dict(floats))
+    for name, (layer, choice) in layers.items():
+        if name in floats:
+            continue
+        if layer.op not in target.ops:
+            placement.skipped[name] = f"{target.name} has no integer {layer.op}"
+            continue
+        placement.layers[name] = (layer, choice)
+        spec = QuantSpec(choice.activation, PerTensor(), choice.symmetric)
+        key = activation_params(layer, choice)
+        placed = placement.tensors.setdefault(key, PlacedTensor(key, layer.activation_name, spec, choice))
+        placed.readers.append(layer)
+    for name, (layer, choice) in placement.layers.items():
+        if layer.op in target.output_q or name in output_q:
+            _quantize_output(graph, placement, layer, choice)
+    return placement
+
+
+def _quantize_output(graph: Graph, placement: Placement, layer: Linear, choice: LayerChoice) -> None:
+    tensor = _after_activation(graph, graph.node(layer.node), choice)
+    existing = next((p for p in placement.tensors.values() if p.tensor == tensor.name), None)
+    if existing is not None:
+        existing.at_result = True
+        return
+    spec = QuantSpec(choice.activation, PerTensor(), choice.symmetric)
+    key = f"{tensor.name}@{choice.activation}{'s' if choice.symmetric else ''}@{choice.range_name}"
+    placement.tensors[key] = PlacedTensor(key, tensor.name, spec, choice, at_result=True)
+
+
+def _after_activation(graph: Graph, node: gs.Node, choice: LayerChoice) -> gs.Tensor:
+    """The output of ``node``, or of a Relu or Clip(0, ..) that alone reads it: integer kernels absorb those when the
+    lowest code means 0."""
+    output = node.outputs[0]
+    reader = graph.sole_consumer(output)
+    if reader is None or choice.symmetric:
+        return output
+    if reader.op == "Relu" or (reader.op == "Clip" and _clips_at_zero(graph, reader)):
+        return reader.outputs[0]
+    return output
+
+
+def _clips_at_zero(graph: Graph, clip: gs.Node) -> bool:
+    if "min" in clip.attrs:  # before opset 11
+        return float(clip.attrs["min"]) == 0.0
+    low = graph.value(clip.inputs[1]) if len(clip.inputs) > 1 and clip.inputs[1].name else None
+    return low is not None and np.asarray(low).size == 1 and float(np.asarray(low).reshape(())) == 0.0

@@ -1,0 +1,140 @@
+"""Weight codes, bias correction and bias codes of the placed layers."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calib.stats import MeanStats
+from calib.types import Probe
+from onnxslim_ptq.core.qmath import channel_range, dequantize, params_from_range, quantize, quantize_bias
+from onnxslim_ptq.core.spec import BiasCodes, QParams, QuantPlan, Slot, Use, WeightCodes
+from onnxslim_ptq.graph.edit import own_constant, per_channel_values
+from onnxslim_ptq.graph.graph import Graph
+from onnxslim_ptq.graph.linears import Linear
+
+__all__ = ["add_bias_codes", "add_weight_codes", "correct_biases", "mean_probe"]
+
+_LARGEST_MAGNITUDE = {False: 127, True: 64}
+_BIAS_ROOM = 2.0**30  # codes a bias may use; half of int32, so that the accumulator keeps the other half
+Floats = NDArray[np.float64]
+
+
+def float_weight(graph: Graph, layer: Linear) -> NDArray[np.float32]:
+    """The layer's weight as float32, whatever the model's precision."""
+    values = graph.value(graph.node(layer.node).inputs[layer.weight])
+    assert values is not None, f"layer {layer.node} lost its weight"
+    return np.asarray(values, np.float32)
+
+
+def add_weight_codes(graph: Graph, plan: QuantPlan, layers: dict[str, Linear], reduce_range: bool) -> None:
+    """Round every planned weight to nearest: scale = max|w| per channel / 127 (/ 64 with ``reduce_range``)."""
+    for use, slot in plan.weights.items():
+        if slot.params in plan.weight_codes:
+            continue
+        layer = layers[use.node]
+        weight = float_weight(graph, layer)
+        axis = QParams(slot.spec, np.ones(()), np.zeros((), np.int64)).axis
+        params = params_from_range(channel_range(weight, axis), slot.spec, codes=_LARGEST_MAGNITUDE[reduce_range])
+        plan.weight_codes[slot.params] = WeightCodes(quantize(weight, params), params, "rtn", layer.weight_name)
+
+
+def mean_probe(layer: Linear) -> Probe:
+    """The statistic bias correction needs: the mean of each input channel."""
+    return Probe(layer.activation_name, "mean", 1 if layer.op in ("Conv", "ConvTranspose") else -1)
+
+
+def correct_biases(graph: Graph, plan: QuantPlan, layers: list[Linear], means: dict[str, MeanStats]) -> int:
+    """Take the mean error of rounded weights out of each layer: b += (W - W_hat) E[x]; returns how many layers changed.
+
+    Where a layer has no bias: a Conv is given one, a MatMul's correction goes into the constant Add behind it, and a
+    MatMul without one stays as it is. Exact for the mean over positions whose window lies inside the image.
+    Source: Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction, ICCV 2019, §4.2.
+    """
+    changed = 0
+    for layer in layers:
+        slot = plan.weights[Use(layer.node, layer.weight)]
+        weight = float_weight(graph, layer)
+        codes = plan.weight_codes[slot.params]
+        error = weight.astype(np.float64) - dequantize(codes.codes, codes.params)
+        shift = _through(layer, graph, error, means[layer.activation_name].mean)
+        if shift is not None and np.isfinite(shift).all() and shift.any():
+            changed += _add_to_bias(graph, layer, shift, weight.ndim)
+    return changed
+
+
+def _through(layer: Linear, graph: Graph, error: Floats, mean: Floats) -> Floats | None:
+    """The weight error applied to the mean input, [channels], or None where the shapes leave no single answer."""
+    node = graph.node(layer.node)
+    if layer.op == "Conv":
+        group = int(node.attrs.get("group", 1))
+        summed = error.reshape(group, error.shape[0] // group, error.shape[1], -1).sum(axis=3)
+        return np.einsum("goi,gi->go", summed, mean.reshape(group, -1)).reshape(-1)
+    if layer.op == "Gemm" and not node.attrs.get("transA", 0):
+        return error @ mean if node.attrs.get("transB", 0) else mean @ error
+    if layer.op == "MatMul" and error.ndim == 2:
+        return mean @ error
+    return None
+
+
+def _add_to_bias(graph: Graph, layer: Linear, shift: Floats, ndim: int) -> int:
+    node = graph.node(layer.node)
+    if layer.op == "MatMul":
+        return _add_to_following(graph, layer, shift)
+    old = graph.value(node.inputs[2]) if layer.bias is not None else None
+    dtype = graph.value(node.inputs[1]).dtype  # type: ignore[union-attr]
+    base = np.zeros(shift.size) if old is None else np.asarray(old, np.float64)
+    own_constant(graph, node, 2, np.asarray(base + shift, dtype))
+    return 1
+
+
+def _add_to_following(graph: Graph, layer: Linear, shift: Floats) -> int:
+    output = graph.node(layer.node).outputs[0]
+    add = graph.sole_consumer(output)
+    if add is None or add.op != "Add":
+        return 0
+    port = 1 if add.inputs[0] is output else 0
+    old = graph.value(add.inputs[port])
+    if old is None or old.shape != shift.shape or per_channel_values(old, shift.size, 1, 0) is None:
+        return 0
+    own_constant(graph, add, port, np.asarray(old.astype(np.float64) + shift, old.dtype))
+    return 1
+
+
+def add_bias_codes(graph: Graph, plan: QuantPlan, layers: dict[str, Linear]) -> None:
+    """int32 biases with scale s_x * s_w; a channel whose bias would leave int32 gets a larger weight scale instead."""
+    for use, slot in plan.biases.items():
+        layer = layers[use.node]
+        bias = np.asarray(graph.value(graph.node(use.node).inputs[use.port]), np.float64)
+        activation = plan.activations[Use(layer.node, layer.activation)]
+        weight = plan.weights[Use(layer.node, layer.weight)]
+        s_x = float(plan.params[activation.params].scale)
+        _make_room(graph, plan, layer, weight, np.abs(bias) / (s_x * _BIAS_ROOM))
+        scale = np.broadcast_to(s_x * plan.weight_codes[weight.params].params.scale, bias.shape)
+        scale = np.asarray(np.asarray(scale, np.float32), np.float64)  # what the file will hold
+        codes, clipped = quantize_bias(bias, scale)
+        plan.bias_codes[slot.params] = BiasCodes(codes, scale, activation.params, weight.params, clipped,
+                                                 graph.node(use.node).inputs[use.port].name)
+
+
+def _make_room(graph: Graph, plan: QuantPlan, layer: Linear, slot: Slot, least: Floats) -> None:
+    """Raise weight scales to ``least`` where they are below it, and give dead channels a scale that suits their bias."""
+    old = plan.weight_codes[slot.params]
+    scale = np.broadcast_to(old.params.scale, least.shape).copy()
+    weight = float_weight(graph, layer)
+    axis = old.params.axis
+    if axis is not None:
+        dead = ~weight.astype(bool).any(axis=tuple(i for i in range(weight.ndim) if i != axis % weight.ndim))
+        # Codes of a dead channel are 0 whatever the scale, so the scale is free to represent the bias finely.
+        scale[dead] = np.median(scale[~dead]) if not dead.all() else 1.0
+    raised = np.maximum(scale, least)
+    if axis is None:
+        raised = np.asarray(raised.max())  # one scale serves all channels
+    raised = np.asarray(np.asarray(raised, np.float32), np.float64)
+    if np.array_equal(raised, old.params.scale):
+        return
+    params = QParams(old.params.spec, raised, np.zeros(raised.shape, np.int64))
+    plan.weight_codes[slot.params] = WeightCodes(quantize(weight, params), params, old.rounder, old.name)
+    plan.notes.append(f"{layer.node}: {int((raised > old.params.scale).sum())} weight scales raised so that the bias fits int32")
+
+

@@ -1,0 +1,119 @@
+"""What a step works with: the float graph, the data, and the two things that run a model: collect and evaluate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from calib.model import Model
+from calib.provider import SessionOptions, create_session
+from calib.readers import take
+from calib.runner import Listener, collect, run_session, tap
+from calib.types import Array, Dataset, Probe, Sample, Stats
+from onnxslim_ptq.core.qmath import sqnr_db
+from onnxslim_ptq.core.spec import QParams, QuantPlan
+from onnxslim_ptq.core.targets import Target
+from onnxslim_ptq.export.simulation import Simulation, simulate
+from onnxslim_ptq.graph.graph import Graph
+
+__all__ = ["Workspace", "judged_tensors"]
+
+# Functions that saturate: an output behind one hides errors, so the value before it is judged as well.
+_SATURATING = frozenset({"Softmax", "Sigmoid", "LogSoftmax", "HardSigmoid", "Tanh"})
+_TRANSPARENT = frozenset({"Identity", "Reshape", "Cast", "Squeeze", "Unsqueeze", "Flatten", "Transpose"})
+
+
+@dataclass
+class Workspace:
+    """The state a recipe's steps share."""
+
+    graph: Graph
+    target: Target
+    calibration: Dataset
+    device: str = "cpu"
+    threads: int = 0
+    reduce_range: bool = False
+    listener: Listener | None = None
+    memo: dict[tuple[Probe, int], Stats] = field(default_factory=dict)
+    version: int = 0
+
+    def model(self) -> Model:
+        """The float graph as it is now."""
+        return self.graph.to_model()
+
+    def changed(self) -> None:
+        """To be called after the float graph was edited: statistics gathered before no longer count."""
+        self.version += 1
+
+    def collect(self, probes: Iterable[Probe]) -> dict[Probe, Stats]:
+        """The statistics of every probe, from one sweep over what is not known yet."""
+        wanted = list(dict.fromkeys(probes))
+        missing = [p for p in wanted if (p, self.version) not in self.memo]
+        if missing:
+            options = SessionOptions(threads=self.threads)
+            found = collect(self.model(), missing, self.calibration, device=self.device, options=options,
+                            listener=self.listener)
+            self.memo.update({(p, self.version): s for p, s in found.items()})
+        return {p: self.memo[p, self.version] for p in wanted}
+
+    def judge(self, plan: QuantPlan, samples: int, exact: Model) -> Judge:
+        """A judge of activation numbers for ``plan`` against the outputs of the float model ``exact``."""
+        return Judge(exact, simulate(self.model(), plan), _spread(self.calibration, samples), self.threads)
+
+
+class Judge:
+    """Scores candidate numbers by the error of the model's outputs, all in one simulating session."""
+
+    def __init__(self, model: Model, simulation: Simulation, samples: Sequence[Sample], threads: int) -> None:
+        self._simulation, self._samples = simulation, samples
+        self._names = judged_tensors(model)
+        options = SessionOptions(threads=threads, simulate=True)
+        plain = create_session(tap(model, self._names).SerializeToString(), model.weights, options=options)
+        self._reference = [run_session(plain, self._names, feed, sample) for sample, feed in samples]
+        simulated = simulation.model
+        self._session = create_session(tap(simulated, self._names).SerializeToString(), simulated.weights, options=options)
+
+    def score(self, params: Mapping[str, QParams]) -> float:
+        """Mean over the judged tensors of their SQNR in dB (each capped at 100 dB), pooled over the samples."""
+        signal, noise = np.zeros(len(self._names)), np.zeros(len(self._names))
+        extra = self._simulation.feed(params)
+        for (sample, feed), exact in zip(self._samples, self._reference, strict=True):
+            results = run_session(self._session, self._names, {**feed, **extra}, sample)
+            for i, (y, z) in enumerate(zip(exact, results, strict=True)):
+                energy = _energies(y, z)
+                signal[i] += energy[0]
+                noise[i] += energy[1]
+        scores = [sqnr_db(float(s), float(n)) for s, n in zip(signal, noise, strict=True)]
+        known = [min(s, 100.0) if np.isfinite(s) or s > 0 else -100.0 for s in scores if s is not None]
+        return float(np.mean(known)) if known else 0.0
+
+
+def _energies(exact: Array, seen: Array) -> tuple[float, float]:
+    if exact.dtype.kind != "f":
+        return 0.0, 0.0
+    y = exact.astype(np.float64)
+    return float((y * y).sum()), float(((y - seen) ** 2).sum())
+
+
+def judged_tensors(model: Model) -> list[str]:
+    """The model's outputs and, for each behind a saturating function, the value that function reads."""
+    producers = {o: n for n in model.proto.graph.node for o in n.output}
+    names = [o.name for o in model.proto.graph.output]
+    inner = []
+    for name in names:
+        node = producers.get(name)
+        while node is not None and node.op_type in _TRANSPARENT:
+            node = producers.get(node.input[0])
+        if node is not None and node.op_type in _SATURATING and node.input[0] in producers:
+            inner.append(node.input[0])
+    return list(dict.fromkeys(names + inner))
+
+
+def _spread(data: Dataset, count: int) -> list[Sample]:
+    total = len(data)
+    if count >= total:
+        return list(take(data, total))
+    positions = {int(i) for i in np.linspace(0, total - 1, count)}
+    return [item for i, item in enumerate(data) if i in positions]
