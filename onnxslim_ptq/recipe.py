@@ -145,6 +145,7 @@ class QuantizeStep(_Config):
     rounder: RounderConfig = RounderConfig(type="rtn")
     weight: WeightConfig = WeightConfig()
     act: ActConfig = ActConfig()
+    bias_correction: bool = True
 
 
 class Recipe(_Config):
@@ -226,6 +227,7 @@ class LayerConfig:
     weight: WeightConfig
     act: ActConfig
     rounder: RounderConfig
+    bias_correction: bool
     step: int
 
 
@@ -280,7 +282,7 @@ def _merged(recipe: Recipe, steps: tuple[int, ...]) -> LayerConfig:
     for index in steps:
         given = _override(given, recipe.steps[index].model_dump(exclude_unset=True))
     step = QuantizeStep.model_validate(given)
-    return LayerConfig(step.weight, step.act, step.rounder, steps[-1])
+    return LayerConfig(step.weight, step.act, step.rounder, step.bias_correction, steps[-1])
 
 
 def _override(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

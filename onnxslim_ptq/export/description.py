@@ -137,12 +137,17 @@ class _Names:
     def __init__(self, plan: QuantPlan, graph: Graph) -> None:
         self.weights = _readers({use: slot.params for use, slot in plan.weights.items()})
         self.biases = _readers({use: slot.params for use, slot in plan.biases.items()})
-        self.weight = _keys({key: _tensor_at(graph, uses[0]) for key, uses in self.weights.items()})
-        self.bias = _keys({key: _tensor_at(graph, uses[0]) for key, uses in self.biases.items()})
+        self.weight = _keys({key: plan.weight_codes[key].name or _tensor_at(graph, uses[0])
+                             for key, uses in self.weights.items()})
+        self.bias = _keys({key: plan.bias_codes[key].name or _tensor_at(graph, uses[0])
+                           for key, uses in self.biases.items()})
         self.sites: dict[tuple[str, str], list[str]] = {}
+        everywhere = {site.tensor for site in plan.activations if isinstance(site, Result)}
         for site, slot in plan.activations.items():
             tensor = site.tensor if isinstance(site, Result) else _tensor_at(graph, site)
-            self.sites.setdefault((tensor, slot.params), []).extend([site.node] if isinstance(site, Use) else [])
+            readers = self.sites.setdefault((tensor, slot.params), [])
+            if isinstance(site, Use) and tensor not in everywhere:
+                readers.append(site.node)
         self.activation = _keys({pair: pair[0] for pair in self.sites})
         self.by_params = {params: tensor for tensor, params in reversed(self.sites)}
 
@@ -176,15 +181,16 @@ def _weights(made: Description, plan: QuantPlan, names: _Names, rendered: onnx.M
     for key, uses in names.weights.items():
         stored, name = plan.weight_codes[key], names.weight[key]
         codes = np.ascontiguousarray(stored.codes)
+        read = _initializer_read(nodes.get(uses[0].node), uses[0].port, producers)
         entries[name] = {
             "nodes": [use.node for use in uses],
             "dtype": stored.params.spec.dtype.name,
             "shape": list(codes.shape),
-            "axis": stored.params.axis,
+            "axis": None if stored.params.axis is None else stored.params.axis % codes.ndim,
             "block_size": None,
             **made.numbers(f"weights/{name}", stored.params),
             "rounder": stored.rounder,
-            "quantized_name": _initializer_read(nodes.get(uses[0].node), uses[0].port, producers),
+            "quantized_name": stored.quantized_name or read,
             "sha256": hashlib.sha256(codes.reshape(-1).view(np.uint8).data).hexdigest(),
         }
     return entries

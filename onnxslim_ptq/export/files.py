@@ -78,7 +78,6 @@ class AtomicFiles:
         self._protected = list(protected)
         self._made: list[Path] = []
         self._hidden: Path | None = None
-        self._committed = False
 
     def __enter__(self) -> AtomicFiles:
         """Make the hidden folder; raises GraphError when a destination is an input, a folder, or not writable."""
@@ -87,8 +86,7 @@ class AtomicFiles:
             with _explained(parent):
                 _refuse_inputs(self.paths, self._protected)
                 self._make_folders(parent)
-                prefix = f".{self.paths.model.stem[:40]}."
-                self._hidden = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=parent))
+                self._hidden = Path(tempfile.mkdtemp(".tmp", f".{self.paths.model.stem[:40]}.", parent))
         except BaseException:
             self._remove()
             raise
@@ -110,7 +108,7 @@ class AtomicFiles:
             for new, _ in pairs:
                 _flush(new)
             _move(pairs)
-        self._committed = True
+        self._made.clear()  # the folders stay
         _flush_folder(parent)
         return self.paths.only({final.name for _, final in pairs})
 
@@ -126,12 +124,11 @@ class AtomicFiles:
     def _remove(self) -> None:
         if self._hidden is not None:
             shutil.rmtree(self._hidden, ignore_errors=True)
-        for path in [] if self._committed else reversed(self._made):
+        for path in reversed(self._made):
             try:
                 path.rmdir()
             except OSError:  # somebody else put a file there meanwhile
                 break
-        self._made = []
 
 
 def _move(pairs: list[tuple[Path, Path]]) -> None:
@@ -196,9 +193,6 @@ def _flush_folder(path: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-# ---- the model file
 
 
 @dataclass(frozen=True)
@@ -289,8 +283,7 @@ def _fields(message: Any, skipped: str) -> Iterator[bytes]:
 
 
 def _serialized(message: Any) -> bytes:
-    data: bytes = message.SerializeToString(deterministic=True)
-    return data
+    return bytes(message.SerializeToString(deterministic=True))
 
 
 def _nbytes(graph: list[bytes | _Initializer]) -> int:

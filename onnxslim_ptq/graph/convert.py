@@ -11,11 +11,22 @@ from onnx import AttributeProto, GraphProto, NodeProto
 
 from calib.errors import GraphError
 
-__all__ = ["Origin", "all_names", "captured", "export_node", "import_graph", "in_order", "plain_attributes",
+__all__ = ["Node", "Origin", "all_names", "captured", "export_node", "import_graph", "in_order", "plain_attributes",
            "subgraphs"]
 
 _PLAIN = {AttributeProto.INT, AttributeProto.FLOAT, AttributeProto.STRING, AttributeProto.INTS, AttributeProto.FLOATS,
           AttributeProto.STRINGS}
+
+
+class Node(gs.Node):  # type: ignore[misc]  # graphsurgeon has no types
+    """A node equal to itself only.
+
+    graphsurgeon compares attributes, inputs and outputs whenever it disconnects a value; with a constant that
+    thousands of nodes read, that takes minutes.
+    """
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,8 @@ def import_graph(
         bare.attribute.extend(plain_attributes(node))
         origins.append(Origin(node, len(node.input)))
     graph = gs.import_onnx(slim)
+    for gs_node in graph.nodes:
+        gs_node.__class__ = Node
     _name_nodes(graph.nodes)
     return graph, origins
 

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
 
 from calib.types import Array
 from onnxslim_ptq.graph.graph import Graph
 
-__all__ = ["bypass", "own_constant", "per_channel_values"]
+__all__ = ["bypass", "is_standard", "own_constant", "per_channel_values"]
+
+
+def is_standard(node: gs.Node) -> bool:
+    """Whether ``node`` is an operator of ONNX itself, whose meaning is known; custom domains reuse names freely."""
+    return node.domain in (None, "", "ai.onnx")
 
 
 def own_constant(graph: Graph, node: gs.Node, port: int, values: Array) -> None:
@@ -29,7 +35,7 @@ def bypass(graph: Graph, first: gs.Node, last: gs.Node) -> None:
     first.outputs[0] = result
 
 
-def per_channel_values(values: Array | None, channels: int, ndim: int, axis: int) -> Array | None:
+def per_channel_values(values: Array | None, channels: int, ndim: int, axis: int) -> NDArray[np.float64] | None:
     """``values`` as [channels] float64 when it broadcasts over a rank-``ndim`` tensor as one value per ``axis`` index.
 
     Scalars and one-element tensors count; None when the constant varies along any other axis.

@@ -20,6 +20,7 @@ from calib.model import LARGE, Model, mark_external
 from calib.tensors import copy_fields, has_plain_dtype
 from calib.types import Array
 from onnxslim_ptq.graph.convert import (
+    Node,
     Origin,
     all_names,
     export_node,
@@ -121,6 +122,10 @@ class Graph:
             return None
         return consumers[0]
 
+    def reads_alone(self, node: gs.Node, tensor: gs.Tensor) -> bool:
+        """Whether ``node`` is the only one to see ``tensor``."""
+        return self.sole_consumer(tensor) is node
+
     # ---- changing
 
     def constant(self, name: str, values: Array) -> gs.Constant:
@@ -142,7 +147,7 @@ class Graph:
                  attrs: Mapping[str, object] | None = None, domain: str = "") -> gs.Node:
         """A new node; its name is made unique by a numeric suffix, its place follows from its inputs."""
         unique = self._new_name(name, self._nodes)
-        node = gs.Node(op, unique, dict(attrs or {}), list(inputs), list(outputs), domain=domain or None)
+        node = Node(op, unique, dict(attrs or {}), list(inputs), list(outputs), domain=domain or None)
         self._nodes[unique] = node
         self._produced.update((t.name, t) for t in node.outputs)
         return node

@@ -24,6 +24,14 @@ def _fill(target: OutputPaths, text: str = "new") -> None:
         path.write_text(text)
 
 
+def _write(paths: OutputPaths, error: BaseException | None = None) -> None:
+    with AtomicFiles(paths) as out:
+        _fill(out.temporary)
+        if error is not None:
+            raise error
+        out.commit()
+
+
 def _tree(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): p.read_text() if p.is_file() else "folder" for p in sorted(folder.rglob("*"))}
 
@@ -82,9 +90,8 @@ def test_an_exception_leaves_everything_as_it_was(tmp_path: Path, error: type[Ba
     if existing:
         _fill(paths, "old")
     before = _tree(tmp_path)
-    with pytest.raises(error), AtomicFiles(paths) as out:
-        _fill(out.temporary)
-        raise error
+    with pytest.raises(error):
+        _write(paths, error())
     assert _tree(tmp_path) == before
 
 
@@ -113,9 +120,8 @@ def test_a_failing_commit_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(os, "replace", replace)
     expected = GraphError if isinstance(error, OSError) else KeyboardInterrupt
-    with pytest.raises(expected), AtomicFiles(paths) as out:
-        _fill(out.temporary)
-        out.commit()
+    with pytest.raises(expected):
+        _write(paths)
     assert _tree(tmp_path) == before
     assert moved == ["q.onnx.data", "q.params.safetensors", "q.onnx", "q.json"][:fails_at]
 
@@ -135,9 +141,8 @@ def test_a_failing_commit_is_undone_without_hard_links(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(os, "link", no_link)
     monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(GraphError, match="Input/output error"), AtomicFiles(paths) as out:
-        _fill(out.temporary)
-        out.commit()
+    with pytest.raises(GraphError, match="Input/output error"):
+        _write(paths)
     assert _tree(tmp_path) == before
 
 
@@ -186,7 +191,7 @@ def test_never_over_the_input(tmp_path: Path, way: str) -> None:
     out = _links(tmp_path)[way]
     before = (tmp_path / "in" / "m.onnx").read_bytes()
     protected = source_files(tmp_path / "in" / "m.onnx")
-    with pytest.raises(GraphError, match="is the same file as the input .*; choose another OUT"):
+    with pytest.raises(GraphError, match=r"is the same file as the input .*; choose another OUT"):
         AtomicFiles(output_paths(out, "m", "w8a8"), protected).__enter__()
     assert (tmp_path / "in" / "m.onnx").read_bytes() == before
     assert [p for p in tmp_path.rglob("*") if p.suffix == ".tmp"] == []
@@ -217,8 +222,8 @@ def test_a_link_at_out_is_replaced_not_followed(tmp_path: Path) -> None:
 def test_impossible_destinations(tmp_path: Path) -> None:
     (tmp_path / "folder.onnx").mkdir()
     (tmp_path / "file").write_text("a file")
-    for out, text in [("folder.onnx", "is a folder"), ("file", "cannot be written"), ("file/x/q.onnx", "cannot be written"),
-                      ("n" * 300 + ".onnx", "cannot be written|too long")]:
+    for out, text in [("folder.onnx", "is a folder"), ("file", "cannot be written"),
+                      ("file/x/q.onnx", "cannot be written"), ("n" * 300 + ".onnx", "cannot be written")]:
         with pytest.raises(GraphError, match=text) as caught:
             AtomicFiles(output_paths(tmp_path / out, "m", "w8a8")).__enter__()
         assert "\n" not in str(caught.value)

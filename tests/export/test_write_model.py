@@ -87,8 +87,8 @@ def test_external_layout(tmp_path: Path) -> None:
 
 
 def test_nothing_large_means_no_data_file(tmp_path: Path) -> None:
-    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [helper.make_tensor_value_info("x", 1, [2])],
-                              [helper.make_tensor_value_info("y", 1, [2])])
+    x, y = (helper.make_tensor_value_info(name, 1, [2]) for name in ("x", "y"))
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y])
     path = tmp_path / "m.onnx"
     assert write_model(open_model(helper.make_model(graph)), path, external=True) == [path]
     assert list(tmp_path.iterdir()) == [path]
@@ -104,7 +104,7 @@ def test_external_by_itself_when_too_large(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_unusual_types_and_layouts(tmp_path: Path) -> None:
-    """bfloat16 and int4 lie packed in the skeleton; strings, scalars, empty and transposed arrays go through as well."""
+    """bfloat16 and int4 lie packed in the skeleton; strings, empty and transposed arrays go through as well."""
     packed = helper.make_tensor("i4", TensorProto.INT4, [3001], [i % 15 - 7 for i in range(3001)])
     half = numpy_helper.from_array(np.ones((40, 40), numpy_helper.to_array(
         helper.make_tensor("t", TensorProto.BFLOAT16, [1], [1.0])).dtype), "bf")
@@ -166,3 +166,4 @@ def test_above_two_gigabytes(tmp_path: Path) -> None:
     tracemalloc.stop()
     onnx.checker.check_model(path, full_check=True)
     assert open_model(path).weights["w"].shape == big.shape
+    path.with_name("m.onnx.data").unlink()  # pytest keeps temporary folders

@@ -1,0 +1,1 @@
+"""Measuring quantized models: errors of outputs, verification, comparison."""

@@ -1,0 +1,77 @@
+"""Errors of a model's outputs against the float model, pooled over samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from calib.types import Array
+from onnxslim_ptq.core.qmath import sqnr_db
+
+__all__ = ["OutputError", "worst_sqnr"]
+
+
+@dataclass
+class OutputError:
+    """What is known of one output after any number of samples.
+
+    Float outputs: SQNR = 10 log10(Σ y² / Σ (y - ŷ)²) in dB, cosine = Σ y ŷ / sqrt(Σ y² Σ ŷ²), largest |y - ŷ|, all in
+    float64 over all elements of all samples. Integer and bool outputs: the fraction that is equal.
+    """
+
+    name: str
+    signal: float = 0.0
+    noise: float = 0.0
+    seen: float = 0.0
+    product: float = 0.0
+    largest: float = 0.0
+    equal: int = 0
+    count: int = 0
+    is_float: bool = True
+    faults: list[str] = field(default_factory=list)
+
+    def add(self, exact: Array, seen: Array, sample: str) -> None:
+        """Take in one sample's outputs; a changed shape or a new NaN or Inf is a fault."""
+        if exact.shape != seen.shape:
+            self.faults.append(f"{sample}: output '{self.name}' has shape {list(seen.shape)}, float {list(exact.shape)}")
+            return
+        self.count += exact.size
+        if exact.dtype.kind != "f":
+            self.is_float = False
+            self.equal += int(np.count_nonzero(exact == seen))
+            return
+        y, z = exact.astype(np.float64), seen.astype(np.float64)
+        known = np.isfinite(y)
+        if not np.isfinite(z[known]).all():
+            self.faults.append(f"{sample}: output '{self.name}' has NaN or Inf where the float model has none")
+            return
+        y, z = y[known], z[known]
+        self.signal += float(y @ y)
+        self.seen += float(z @ z)
+        self.product += float(y @ z)
+        difference = y - z
+        self.noise += float(difference @ difference)
+        self.largest = max(self.largest, float(np.abs(difference).max(initial=0.0)))
+
+    @property
+    def sqnr(self) -> float | None:
+        """SQNR in dB, inf when nothing differs, None for an output without signal or not of float type."""
+        return sqnr_db(self.signal, self.noise) if self.is_float else None
+
+    @property
+    def cosine(self) -> float | None:
+        scale = np.sqrt(self.signal * self.seen)
+        return float(self.product / scale) if self.is_float and scale > 0 else None
+
+    def as_json(self) -> dict[str, object]:
+        """The measurements with their units in the names."""
+        if not self.is_float:
+            return {"equal": self.equal / self.count if self.count else None}
+        return {"sqnr_db": self.sqnr, "cosine": self.cosine, "max_abs_error": self.largest}
+
+
+def worst_sqnr(errors: list[OutputError]) -> float | None:
+    """The smallest SQNR of all float outputs that carry a signal: the headline."""
+    known = [e.sqnr for e in errors if e.sqnr is not None]
+    return min(known) if known else None

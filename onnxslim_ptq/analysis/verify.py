@@ -1,0 +1,107 @@
+"""Proves a rendered model: it loads, runs, answers like the float model, with optimizations on and off."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from calib.errors import GraphError
+from calib.model import Model
+from calib.provider import Optimize, SessionOptions, create_session
+from calib.runner import Listener, Progress, run_session
+from calib.types import Dataset, Sample
+from onnxslim_ptq.analysis.metrics import OutputError, worst_sqnr
+from onnxslim_ptq.errors import VerificationError
+
+__all__ = ["Verification", "compare_outputs", "verify"]
+
+_UNOPTIMIZED_SAMPLES = 2
+_TOLERANCE_DB = 0.5
+
+
+@dataclass
+class Verification:
+    """What was measured: per output, and what a user should be told."""
+
+    outputs: list[OutputError]
+    samples: int
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def sqnr(self) -> float | None:
+        return worst_sqnr(self.outputs)
+
+
+def verify(source: Model, quantized: Model, data: Dataset, *, threads: int = 0, listener: Listener | None = None) -> Verification:
+    """Compare on every sample of ``data``; VerificationError when the model does not load or answers NaN or Inf."""
+    names = [o.name for o in source.proto.graph.output]
+    missing = [n for n in names if n not in {o.name for o in quantized.proto.graph.output}]
+    if missing:
+        raise VerificationError(f"the quantized model lost its output '{missing[0]}'; report this as a defect")
+    exact = _session(source, SessionOptions(threads=threads))
+    fast = _loaded(quantized, SessionOptions(threads=threads))
+    plain = _loaded(quantized, SessionOptions(threads=threads, optimize=Optimize.OFF))
+    total = [OutputError(n) for n in names]
+    few_fast, few_plain = [OutputError(n) for n in names], [OutputError(n) for n in names]
+    count = 0
+    for sample, feed in data:
+        expected = run_session(exact, names, feed, sample)
+        answers = _answer(fast, names, (sample, feed))
+        _add(total, expected, answers, str(sample))
+        if count < _UNOPTIMIZED_SAMPLES:
+            _add(few_fast, expected, answers, str(sample))
+            _add(few_plain, expected, _answer(plain, names, (sample, feed)), str(sample))
+        count += 1
+        if listener is not None:
+            listener(Progress("verifying", count, len(data)))
+    faults = [f for e in (*total, *few_plain) for f in e.faults]
+    if faults:
+        raise VerificationError(f"{faults[0]}; exclude layers or calibrate with more samples"
+                                + (f" ({len(faults) - 1} more)" if len(faults) > 1 else ""))
+    return Verification(total, count, _disagreements(few_fast, few_plain))
+
+
+def compare_outputs(exact: Any, seen: Any, names: Sequence[str], data: Dataset) -> list[OutputError]:
+    """Errors of session ``seen`` against session ``exact`` for the named outputs."""
+    errors = [OutputError(n) for n in names]
+    for sample, feed in data:
+        _add(errors, run_session(exact, names, feed, sample), run_session(seen, names, feed, sample), str(sample))
+    return errors
+
+
+def _session(model: Model, options: SessionOptions) -> Any:
+    return create_session(model.proto.SerializeToString(), model.weights, options=options)
+
+
+def _loaded(model: Model, options: SessionOptions) -> Any:
+    try:
+        return _session(model, options)
+    except GraphError as error:
+        raise VerificationError(f"the quantized model does not load: {error}; exclude the node it names and report this "
+                                "as a defect") from None
+
+
+def _answer(session: Any, names: Sequence[str], item: Sample) -> list[Any]:
+    sample, feed = item
+    try:
+        return run_session(session, names, feed, sample)
+    except Exception as error:
+        raise VerificationError(f"the quantized model fails to run: {error}; exclude the node it names") from None
+
+
+def _add(errors: list[OutputError], exact: Sequence[Any], seen: Sequence[Any], sample: str) -> None:
+    for error, y, z in zip(errors, exact, seen, strict=True):
+        error.add(y, z, sample)
+
+
+def _disagreements(fast: list[OutputError], plain: list[OutputError]) -> list[str]:
+    """Outputs whose SQNR with ONNX Runtime's optimizations differs from that without."""
+    found = []
+    for on, off in zip(fast, plain, strict=True):
+        a, b = on.sqnr, off.sqnr
+        if a is None or b is None or max(a, b) > 60.0:
+            continue
+        if abs(a - b) > _TOLERANCE_DB:
+            found.append(f"output '{on.name}': {a:.1f} dB with ONNX Runtime's optimizations, {b:.1f} dB without")
+    return found

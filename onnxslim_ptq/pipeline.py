@@ -1,0 +1,166 @@
+"""The main job: recipe in, verified quantized model out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from calib.errors import CalibrationError, GraphError
+from calib.model import Model
+from calib.runner import Listener
+from calib.stats import HistogramStats, MinMaxStats
+from calib.types import Dataset, Probe, Stats
+from onnxslim_ptq.analysis.verify import Verification, verify
+from onnxslim_ptq.core.choice import LayerChoice
+from onnxslim_ptq.core.dtypes import int_type
+from onnxslim_ptq.core.match import Layer
+from onnxslim_ptq.core.spec import QuantPlan
+from onnxslim_ptq.core.targets import TARGETS, Target
+from onnxslim_ptq.errors import RecipeError, VerificationError
+from onnxslim_ptq.export.qdq import render_qdq
+from onnxslim_ptq.graph.graph import Graph
+from onnxslim_ptq.graph.linears import Linear, find_linears
+from onnxslim_ptq.graph.opset import raise_opset
+from onnxslim_ptq.graph.optimize import optimize
+from onnxslim_ptq.graph.precision import already_quantized
+from onnxslim_ptq.recipe import LayerConfig, Recipe, resolve
+from onnxslim_ptq.steps import quantize
+from onnxslim_ptq.steps.fusing import dry_placement, leave_float, unfused_layers
+from onnxslim_ptq.steps.placement import Placement, place
+from onnxslim_ptq.workspace import Workspace
+
+__all__ = ["Job", "Outcome", "run"]
+
+_PER_CHANNEL_OPSET = 13
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything the main job needs; data sets are already open and split."""
+
+    source: Model
+    recipe: Recipe
+    target: Target
+    calibration: Dataset
+    evaluation: Dataset
+    device: str = "cpu"
+    threads: int = 0
+    nan: str = "error"
+    reduce_range: bool = False
+    allow_quantized: bool = False
+    min_sqnr: float = 6.0
+    listener: Listener | None = None
+
+
+@dataclass
+class Outcome:
+    """The verified result: the rendered model, the float graph it came from, the plan and the measurements."""
+
+    quantized: Model
+    graph: Graph
+    plan: QuantPlan
+    verification: Verification
+    notes: list[str] = field(default_factory=list)
+
+
+def run(job: Job) -> Outcome:
+    """Quantize and verify; raises the error classes of CONTRACT for a bad model, bad data or a failed verification."""
+    notes: list[str] = []
+    graph = _float_graph(job, notes)
+    layers, skipped = _choices(job, graph)
+    workspace = Workspace(graph, job.target, job.calibration, job.device, job.threads, job.reduce_range, job.listener)
+    placement = dry_placement(workspace, layers)
+    if not placement.layers:
+        why = next(iter({**skipped, **placement.skipped}.items()), None)
+        hint = f" (first: '{why[0]}': {why[1]})" if why else ""
+        raise GraphError(f"{job.source.name}: no layer can be quantized{hint}; nothing was written")
+    placement, stats = _statistics(job, workspace, placement, layers, notes)
+    plan = quantize.apply(workspace, placement, stats)
+    quantized = _rendered(job, workspace, plan)
+    plan.skipped = {**skipped, **placement.skipped, **plan.skipped}
+    notes += graph.notes + plan.notes
+    verification = verify(job.source, quantized, job.evaluation, threads=job.threads, listener=job.listener)
+    _require(job, verification)
+    return Outcome(quantized, graph, plan, verification, notes + verification.warnings)
+
+
+def _float_graph(job: Job, notes: list[str]) -> Graph:
+    integer = already_quantized(job.source)
+    if integer and not job.allow_quantized:
+        raise GraphError(f"{job.source.name} is already quantized (node '{integer[0]}' and {len(integer) - 1} more); "
+                         "give the float model, or --allow-quantized to quantize only its float part")
+    before = Graph(job.source).opset
+    model = raise_opset(job.source, _PER_CHANNEL_OPSET)
+    graph = Graph(model)
+    if graph.opset != before:
+        notes.append(f"opset raised from {before} to {graph.opset}: per-channel weight scales need it")
+    folded = {name: n for name, n in optimize(graph).items() if n}
+    if folded:
+        notes.append("float graph simplified: " + ", ".join(f"{n} {name}" for name, n in folded.items()))
+    return graph
+
+
+def _choices(job: Job, graph: Graph) -> tuple[dict[str, tuple[Linear, LayerChoice]], dict[str, str]]:
+    linears, reasons = find_linears(graph)
+    named = [Layer(lin.node, lin.op, lin.weight_name) for lin in linears]
+    others = [Layer(name, graph.node(name).op) for name in reasons]
+    resolution = resolve(job.recipe, named, others)
+    chosen = {lin.node: (lin, _choice(resolution.configs[lin.node], job.target))
+              for lin in linears if lin.node in resolution.configs}
+    return chosen, {**reasons, **resolution.skipped}
+
+
+def _choice(config: LayerConfig, target: Target) -> LayerChoice:
+    act = config.act
+    dtype = target.activation if act.dtype == "auto" else int_type(act.dtype)
+    symmetric = target.symmetric_activation if act.symmetric == "auto" else bool(act.symmetric)
+    if target.symmetric_activation and (not symmetric or dtype is not target.activation):
+        raise RecipeError(f"recipe: steps[{config.step}].act: target '{target.name}' takes symmetric "
+                          f"{target.activation} activations only; leave dtype and symmetric at auto")
+    method = act.range.build()
+    return LayerChoice(dtype, symmetric, method if method is not None else act.range.type, act.range.type,
+                       config.weight.per == "channel", config.bias_correction)
+
+
+def _statistics(job: Job, workspace: Workspace, placement: Placement, layers: Mapping[str, tuple[Linear, LayerChoice]],
+                notes: list[str]) -> tuple[Placement, dict[Probe, Stats]]:
+    stats = workspace.collect(quantize.probes(workspace, placement))
+    bad = {p.tensor: e for p, s in stats.items() if (e := _extent(s)) is not None and e.nan + e.inf}
+    if not bad or job.nan == "ignore":
+        notes += [f"tensor '{t}': {_health(e)}; ignored" for t, e in bad.items()]
+        return placement, stats
+    tensor, extent = next(iter(bad.items()))
+    if job.nan == "error":
+        raise CalibrationError(f"tensor '{tensor}': {_health(extent)}; fix the sample, or use --nan ignore or exclude-layer")
+    floats = {lin.node: f"its input '{lin.activation_name}' has NaN or Inf"
+              for lin, _ in placement.layers.values() if lin.activation_name in bad or lin.output_name in bad}
+    again = place(workspace.graph, layers, workspace.target, floats={**placement.skipped, **floats})
+    return again, {**stats, **workspace.collect(quantize.probes(workspace, again))}
+
+
+def _extent(stat: Stats) -> MinMaxStats | None:
+    return stat if isinstance(stat, MinMaxStats) else stat.extent if isinstance(stat, HistogramStats) else None
+
+
+def _health(extent: MinMaxStats) -> str:
+    where = extent.first_bad[1] or f"sample {extent.first_bad[0]}" if extent.first_bad else "a sample"
+    return f"{extent.nan} NaN and {extent.inf} Inf values, first in {where}"
+
+
+def _rendered(job: Job, workspace: Workspace, plan: QuantPlan) -> Model:
+    """Render; a weight that ONNX Runtime would still dequantize at every run leaves the plan, with that reason."""
+    while job.target.optimizes_here:
+        slow = unfused_layers(workspace, plan)
+        if not slow:
+            break
+        for name in slow:
+            leave_float(plan, workspace.graph, name)
+    return render_qdq(workspace.model(), plan, job.target)
+
+
+def _require(job: Job, verification: Verification) -> None:
+    sqnr = verification.sqnr
+    if sqnr is not None and job.min_sqnr > 0 and sqnr < job.min_sqnr:
+        worst = min((e for e in verification.outputs if e.sqnr is not None), key=lambda e: e.sqnr or 0.0)
+        raise VerificationError(f"output '{worst.name}' reaches {sqnr:.1f} dB SQNR, below --min-sqnr {job.min_sqnr:g}; "
+                                "calibrate with representative samples, exclude sensitive layers, or lower --min-sqnr")

@@ -1,0 +1,95 @@
+"""Keeps weights out of the plan that ONNX Runtime would turn back into float at every run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from onnxslim_ptq.core.choice import LayerChoice
+from onnxslim_ptq.core.dtypes import INT8
+from onnxslim_ptq.core.spec import BiasCodes, PerChannel, QParams, QuantPlan, Result, Use, WeightCodes
+from onnxslim_ptq.export.fusion import stored_weight, unfused_weights
+from onnxslim_ptq.export.qdq import render_qdq
+from onnxslim_ptq.graph.graph import Graph
+from onnxslim_ptq.graph.linears import Linear
+from onnxslim_ptq.steps.placement import Placement, place
+from onnxslim_ptq.workspace import Workspace
+
+__all__ = ["NOT_FUSED", "dry_placement", "leave_float", "unfused_layers"]
+
+NOT_FUSED = "ONNX Runtime would dequantize its weight at every run, slower than float"
+_NON_NEGATIVE = frozenset({"Relu", "Sigmoid", "HardSigmoid", "Softmax", "Clip"})
+# Clip fuses when the codes cover no more than its interval; 0..255/256 lies inside every usual one. A bias fuses only
+# when its scale is the product of the other two, so powers of two, whose product is exact.
+_ACTIVATION_SCALE, _WEIGHT_SCALE = 2.0**-8, 2.0**-7
+_BIAS_SCALE = _ACTIVATION_SCALE * _WEIGHT_SCALE
+Layers = Mapping[str, tuple[Linear, LayerChoice]]
+
+
+def dry_placement(workspace: Workspace, layers: Layers) -> Placement:
+    """Sites for ``layers`` that really become integer kernels, found on the graph alone, before any data is read.
+
+    A layer whose weight does not fuse is tried with a quantized output; when that does not help it stays float.
+    """
+    graph, target = workspace.graph, workspace.target
+    placement = place(graph, layers, target)
+    if not target.optimizes_here:
+        return placement
+    with_output: frozenset[str] = frozenset()
+    floats: dict[str, str] = {}
+    while placement.layers:
+        stuck = unfused_layers(workspace, _dummy_plan(workspace, placement))
+        if not stuck:
+            break
+        helped = {n for n in stuck if n not in with_output and placement.layers[n][0].op not in target.output_q}
+        with_output |= helped
+        floats |= {n: NOT_FUSED for n in stuck if n not in helped}
+        placement = place(graph, layers, target, with_output, floats)
+    return placement
+
+
+def unfused_layers(workspace: Workspace, plan: QuantPlan) -> set[str]:
+    """The layers of ``plan`` whose weight ONNX Runtime's optimized graph still dequantizes."""
+    rendered = render_qdq(workspace.model(), plan, workspace.target)
+    stuck = unfused_weights(rendered)
+    stored = stored_weight(rendered.proto, [(u.node, u.port) for u in plan.weights]) if stuck else {}
+    return {node for (node, _), name in stored.items() if name in stuck}
+
+
+def leave_float(plan: QuantPlan, graph: Graph, name: str) -> None:
+    """Take one layer out of ``plan``: its weight, bias and input, and its output when nobody else needs that quantized."""
+    for sites in (plan.activations, plan.weights, plan.biases):
+        for site in [s for s in sites if isinstance(s, Use) and s.node == name]:
+            del sites[site]  # type: ignore[attr-defined]
+    read = {graph.node(u.node).inputs[u.port].name for u in plan.activations if isinstance(u, Use)}
+    outputs = {t.name for t in graph.node(name).outputs}
+    outputs |= {o.name for t in graph.node(name).outputs for n in graph.consumers(t) for o in n.outputs}
+    for site in [s for s in plan.activations if isinstance(s, Result) and s.tensor in outputs - read]:
+        del plan.activations[site]
+    plan.skipped[name] = NOT_FUSED
+
+
+def _dummy_plan(workspace: Workspace, placement: Placement) -> QuantPlan:
+    """The placement's plan with made-up numbers: what fuses depends on structure, types and zero points only."""
+    plan = placement.plan(workspace.target)
+    graph = workspace.graph
+    for key, placed in placement.tensors.items():
+        producer = graph.producer(graph.tensor(placed.tensor))
+        lowest = producer is not None and producer.op in _NON_NEGATIVE and not placed.spec.symmetric
+        dtype = placed.spec.dtype
+        zero = dtype.lowest if lowest else (dtype.highest + 1 + dtype.lowest) // 2
+        plan.params[key] = QParams(placed.spec, np.asarray(_ACTIVATION_SCALE), np.asarray(zero, np.int64))
+    for use, slot in plan.weights.items():
+        layer = placement.layers[use.node][0]
+        shape = np.shape(graph.value(graph.node(use.node).inputs[use.port]))
+        axis = slot.spec.grain.axis if isinstance(slot.spec.grain, PerChannel) else None
+        size = () if axis is None else (shape[axis],)
+        params = QParams(slot.spec, np.full(size, _WEIGHT_SCALE), np.zeros(size, np.int64))
+        plan.weight_codes[slot.params] = WeightCodes(np.ones(shape, INT8.dtype), params, "none", layer.weight_name)
+    for use, slot in plan.biases.items():
+        layer = placement.layers[use.node][0]
+        size_ = (layer.channels,)
+        plan.bias_codes[slot.params] = BiasCodes(np.zeros(size_, np.int32), np.full(size_, _BIAS_SCALE), "", "", 0,
+                                                 layer.bias_name or "")
+    return plan
