@@ -1,0 +1,25 @@
+"""Post-training quantization of ONNX graphs: float model in, verified INT8 model out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["Recipe", "Result", "__version__", "quantize"]
+
+if TYPE_CHECKING:
+    from onnxslim_ptq.api import Result, quantize
+    from onnxslim_ptq.recipe import Recipe
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when asked for, so that `onnxslim_ptq.core` alone stays light and free of import cycles.
+    if name in ("Result", "quantize"):
+        from onnxslim_ptq import api
+
+        return getattr(api, name)
+    if name == "Recipe":
+        from onnxslim_ptq.recipe import Recipe
+
+        return Recipe
+    raise AttributeError(f"module 'onnxslim_ptq' has no attribute '{name}'")
