@@ -29,7 +29,7 @@ from calib.tensors import (
 from calib.types import Array, InputInfo
 from calib.wire import OWN_FILE, read_skeleton
 
-__all__ = ["LARGE", "Model", "declared_inputs", "mark_external", "open_model", "to_array"]
+__all__ = ["LARGE", "Model", "declared_inputs", "lift_constants", "mark_external", "open_model", "to_array"]
 
 LARGE = 1024  # bytes from which a tensor leaves the skeleton
 _IR_OF_FREE_INITIALIZERS = 4  # before, every initializer had to be a graph input as well
@@ -83,8 +83,10 @@ def _input_info(value: onnx.ValueInfoProto) -> InputInfo:
     try:
         dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
     except (KeyError, ValueError, TypeError):
-        raise GraphError(f"input '{value.name}' has the unknown element type {tensor.elem_type}; "
-                         "update onnx or export the model again") from None
+        raise GraphError(
+            f"input '{value.name}' has the unknown element type {tensor.elem_type}; "
+            "update onnx or export the model again"
+        ) from None
     shape = None
     if tensor.HasField("shape"):
         shape = tuple(_dim(d) for d in tensor.shape.dim)
@@ -124,7 +126,9 @@ def open_model(source: str | Path | onnx.ModelProto) -> Model:
     except GraphError as error:
         raise GraphError(f"model '{path}': {error}") from None
     except Exception:  # protobuf's DecodeError lies in a private module
-        raise GraphError(f"model '{path}' is not an ONNX protobuf file; give the path of an .onnx model") from None
+        raise GraphError(
+            f"model '{path}' is not an ONNX protobuf file; give the path of an .onnx model"
+        ) from None
     if not proto.graph.node and not proto.graph.output:
         raise GraphError(f"model '{path}' holds no graph; give the path of an .onnx model")
     return _Opened(proto, path=path, mapped=mapped, spans=skeleton.spans).model(path, size)
@@ -164,9 +168,11 @@ class _Opened:
     def model(self, path: Path | None, nbytes: int) -> Model:
         _clean_documentation(self.proto)
         _clean_documentation(self.proto.graph)
-        if not all(isinstance(text, str) for text in _names(self.proto.graph)):  # protobuf hands out bad UTF-8 as bytes
+        if not all(
+            isinstance(text, str) for text in _names(self.proto.graph)
+        ):  # protobuf hands out bad UTF-8 as bytes
             raise GraphError("a name in the model is not UTF-8 text; the model is damaged, export it again")
-        if _lift_constant_nodes(self.proto.graph) and self.proto.ir_version < _IR_OF_FREE_INITIALIZERS:
+        if lift_constants(self.proto.graph) and self.proto.ir_version < _IR_OF_FREE_INITIALIZERS:
             self.proto.ir_version = _IR_OF_FREE_INITIALIZERS
         self._take_out_initializers()
         for tensor in nested_tensors(self.proto):
@@ -186,14 +192,18 @@ class _Opened:
                 raise GraphError(f"an initializer {what}; the model is damaged, export it again")
             seen.add(tensor.name)
             outside = tensor.data_location == TensorProto.EXTERNAL
-            values = self._read_external(tensor) if outside else held_values(in_memory.get(tensor.name, tensor))
+            values = (
+                self._read_external(tensor) if outside else held_values(in_memory.get(tensor.name, tensor))
+            )
             if has_plain_dtype(tensor.data_type) and values.nbytes >= LARGE:
                 self.weights[tensor.name] = values
                 mark_external(tensor)
             elif outside:
                 embed(tensor, values)
             else:
-                tensor.ClearField("data_location")  # written or not, "inside" is the default: one form, one hash
+                tensor.ClearField(
+                    "data_location"
+                )  # written or not, "inside" is the default: one form, one hash
 
     def _read_external(self, tensor: TensorProto) -> Array:
         entries = {e.key: e.value for e in tensor.external_data}
@@ -202,8 +212,10 @@ class _Opened:
             if span in self.spans:  # else the file itself claims so, and is treated like any other location
                 return shaped(np.frombuffer(self.mapped, np.uint8, span[1], span[0]), tensor)
         if self.path is None:
-            raise GraphError(f"tensor '{tensor.name}' keeps its data in '{entries.get('location')}', but the model "
-                             "came from memory; pass the path of the .onnx file instead")
+            raise GraphError(
+                f"tensor '{tensor.name}' keeps its data in '{entries.get('location')}', but the model "
+                "came from memory; pass the path of the .onnx file instead"
+            )
         values = external.read_tensor(self.path, tensor)
         self.bytes_beside += values.nbytes
         return values
@@ -229,12 +241,14 @@ def _whole(text: str | None) -> int:
     return int(text) if text is not None and text.isascii() and text.isdigit() and len(text) < 20 else -1
 
 
-def _lift_constant_nodes(graph: onnx.GraphProto) -> int:
+def lift_constants(graph: onnx.GraphProto) -> int:
     """Constant nodes of the main graph become initializers (exporters use both for weights); returns how many."""
     outputs = {o.name for o in graph.output}
     kept = []
     for node in graph.node:
-        tensor = _constant_tensor(node) if node.op_type == "Constant" and node.domain in ("", "ai.onnx") else None
+        tensor = (
+            _constant_tensor(node) if node.op_type == "Constant" and node.domain in ("", "ai.onnx") else None
+        )
         if tensor is None or len(node.output) != 1 or node.output[0] in outputs:
             kept.append(node)
         else:
@@ -252,8 +266,12 @@ def _constant_tensor(node: onnx.NodeProto) -> TensorProto | None:
     if len(node.attribute) != 1:
         return None
     attr = node.attribute[0]
-    kinds = {"value_float": (np.float32, attr.f), "value_floats": (np.float32, attr.floats),
-             "value_int": (np.int64, attr.i), "value_ints": (np.int64, attr.ints)}
+    kinds = {
+        "value_float": (np.float32, attr.f),
+        "value_floats": (np.float32, attr.floats),
+        "value_int": (np.int64, attr.i),
+        "value_ints": (np.int64, attr.ints),
+    }
     made: TensorProto | None = None
     if attr.name == "value":
         made = attr.t

@@ -84,7 +84,7 @@ def create_session(
     provider = require_device(device)
     ort = runtime()
     settings = ort.SessionOptions()
-    settings.log_severity_level = 3
+    settings.log_severity_level = 4  # fatal only: errors are raised, and need not stand on stderr as well
     settings.intra_op_num_threads = options.threads
     levels = ort.GraphOptimizationLevel
     settings.graph_optimization_level = {

@@ -27,6 +27,7 @@ class Progress:
     total: int
 
 
+_WORTH_A_THREAD = 1 << 16
 Listener = Callable[[Progress], None]
 
 
@@ -77,7 +78,11 @@ def collect(
         for sample, feed in data:
             arrays = dict(zip(tapped, run_session(session, tapped, feed, sample), strict=True))
             arrays.update({name: feed[name] for name in fed})
-            jobs = [pool.submit(_update, by_tensor.get(n, ()), arrays.pop(n), sample) for n in list(arrays)]
+            # Handing a small array to a thread costs more than looking at it.
+            large = [n for n in arrays if arrays[n].size >= _WORTH_A_THREAD]
+            jobs = [pool.submit(_update, by_tensor.get(n, ()), arrays.pop(n), sample) for n in large]
+            for name in list(arrays):
+                _update(by_tensor.get(name, ()), arrays.pop(name), sample)
             for job in jobs:
                 job.result()
             done += 1

@@ -14,16 +14,47 @@ from calib.errors import GraphError
 from calib.types import Array
 from calib.wire import OWN_FILE
 
-__all__ = ["PAYLOAD_FIELDS", "copy_fields", "embed", "has_plain_dtype", "held_values", "mark_external",
-           "nested_tensors", "shaped", "to_array"]
+__all__ = [
+    "PAYLOAD_FIELDS",
+    "copy_fields",
+    "embed",
+    "has_plain_dtype",
+    "held_values",
+    "mark_external",
+    "nested_tensors",
+    "shaped",
+    "to_array",
+]
 
-PAYLOAD_FIELDS = ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
+PAYLOAD_FIELDS = (
+    "raw_data",
+    "float_data",
+    "int32_data",
+    "int64_data",
+    "double_data",
+    "uint64_data",
+    "string_data",
+)
 _DAMAGED = "the model file is damaged, export it again"
 # Every other type is packed or comes from ml_dtypes: such tensors stay in the skeleton as they are.
 _PLAIN = frozenset(
     TensorProto.DataType.Value(name)
-    for name in ("FLOAT", "DOUBLE", "FLOAT16", "INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64",
-                 "BOOL", "COMPLEX64", "COMPLEX128")
+    for name in (
+        "FLOAT",
+        "DOUBLE",
+        "FLOAT16",
+        "INT8",
+        "INT16",
+        "INT32",
+        "INT64",
+        "UINT8",
+        "UINT16",
+        "UINT32",
+        "UINT64",
+        "BOOL",
+        "COMPLEX64",
+        "COMPLEX128",
+    )
 )
 _BITS = {
     TensorProto.DataType.Value(name): bits
@@ -70,11 +101,15 @@ def shaped(raw: Array, tensor: TensorProto) -> Array:
     try:
         dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
     except (KeyError, ValueError, TypeError):
-        raise GraphError(f"tensor '{tensor.name}' has the unknown type {tensor.data_type}; {_DAMAGED}") from None
+        raise GraphError(
+            f"tensor '{tensor.name}' has the unknown type {tensor.data_type}; {_DAMAGED}"
+        ) from None
     bits = _BITS.get(tensor.data_type, 8 * dtype.itemsize)
     if min(shape, default=0) < 0 or (math.prod(shape) * bits + 7) // 8 != raw.nbytes:
-        raise GraphError(f"tensor '{tensor.name}' declares shape {list(shape)} of {dtype} but holds {raw.nbytes} "
-                         f"bytes; {_DAMAGED}")
+        raise GraphError(
+            f"tensor '{tensor.name}' declares shape {list(shape)} of {dtype} but holds {raw.nbytes} "
+            f"bytes; {_DAMAGED}"
+        )
     if not has_plain_dtype(tensor.data_type):
         return raw
     values: Array = raw.view(dtype.newbyteorder("<")).reshape(shape)
@@ -92,11 +127,15 @@ def held_values(tensor: TensorProto) -> Array:
     try:
         values: Array = onnx.numpy_helper.to_array(tensor)
     except Exception:  # KeyError, ValueError, TypeError, OverflowError: whatever the damage makes of it
-        raise GraphError(f"tensor '{tensor.name}' holds no values of its type {tensor.data_type} and shape "
-                         f"{list(tensor.dims)[:8]}; {_DAMAGED}") from None
+        raise GraphError(
+            f"tensor '{tensor.name}' holds no values of its type {tensor.data_type} and shape "
+            f"{list(tensor.dims)[:8]}; {_DAMAGED}"
+        ) from None
     if values.shape != tuple(tensor.dims):
-        raise GraphError(f"tensor '{tensor.name}' declares shape {list(tensor.dims)[:8]} but holds "
-                         f"{list(values.shape)}; {_DAMAGED}")
+        raise GraphError(
+            f"tensor '{tensor.name}' declares shape {list(tensor.dims)[:8]} but holds "
+            f"{list(values.shape)}; {_DAMAGED}"
+        )
     return values
 
 
@@ -150,7 +189,10 @@ def copy_fields(source: Any, copy: Any, *, skip: Collection[str]) -> None:
         if hasattr(value, "CopyFrom"):
             getattr(copy, descriptor.name).CopyFrom(value)
         elif isinstance(value, (str, bytes, int, float)):
-            is_bad_text = isinstance(value, bytes) and descriptor.type == descriptor.TYPE_STRING
-            setattr(copy, descriptor.name, value.decode(errors="replace") if is_bad_text else value)
+            if isinstance(value, bytes) and descriptor.type == descriptor.TYPE_STRING:
+                value = value.decode(
+                    errors="replace"
+                )  # protobuf reads strings that are no UTF-8, but takes none
+            setattr(copy, descriptor.name, value)
         else:
             getattr(copy, descriptor.name).extend(value)

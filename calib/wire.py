@@ -18,7 +18,10 @@ __all__ = ["OWN_FILE", "Skeleton", "read_skeleton"]
 OWN_FILE = "*own-file*"  # location of a tensor whose bytes lie inside the model file itself
 _VARINT, _FIXED64, _LEN, _FIXED32 = 0, 1, 2, 5
 _FLOAT, _DOUBLE = 1, 11
-_PACKED_AS_IN_MEMORY = {4: _FLOAT, 10: _DOUBLE}  # float_data and double_data lie in the file as numpy wants them
+_PACKED_AS_IN_MEMORY = {
+    4: _FLOAT,
+    10: _DOUBLE,
+}  # float_data and double_data lie in the file as numpy wants them
 _PAYLOADS = frozenset({4, 5, 6, 7, 9, 10, 11})
 _RAW_DATA, _EXTERNAL_DATA, _DATA_LOCATION = 9, 13, 14
 _CHILDREN = {
@@ -81,7 +84,9 @@ class _Walker:
                 continue
             taken = len(self.spans)
             body = self.message(item.body, item.end, child)
-            changed = len(self.spans) > taken  # lengths may be coded in more bytes than needed: keep what is there
+            changed = (
+                len(self.spans) > taken
+            )  # lengths may be coded in more bytes than needed: keep what is there
             out.append(_put_bytes(item.number, body) if changed else bytes(self.buf[item.start : item.end]))
         return b"".join(out)
 
@@ -90,7 +95,9 @@ class _Walker:
         payloads = [f for f in fields if f.number in _PAYLOADS]
         external = any(f.number == _DATA_LOCATION and self._number(f) != 0 for f in fields)
         if len(payloads) != 1 or external or not self._is_plain(payloads[0], fields):
-            return bytes(self.buf[start:end])  # small, empty, elsewhere, or something only a parser should merge
+            return bytes(
+                self.buf[start:end]
+            )  # small, empty, elsewhere, or something only a parser should merge
         span = payloads[0]
         self.spans.append((span.body, span.end - span.body))
         dropped = (span.number, _EXTERNAL_DATA, _DATA_LOCATION)
@@ -119,7 +126,9 @@ def _varint(buf: memoryview, at: int, end: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, at
         shift += 7
-    raise GraphError("the file is not a valid ONNX model: a number in it does not end; download or export it again")
+    raise GraphError(
+        "the file is not a valid ONNX model: a number in it does not end; download or export it again"
+    )
 
 
 def _fields(buf: memoryview, start: int, end: int) -> Iterator[_Field]:
@@ -135,7 +144,9 @@ def _fields(buf: memoryview, start: int, end: int) -> Iterator[_Field]:
         elif wire in (_FIXED64, _FIXED32):
             stop = body + (8 if wire == _FIXED64 else 4)
         else:
-            raise GraphError("the file is not a valid ONNX model: unknown field coding; download or export it again")
+            raise GraphError(
+                "the file is not a valid ONNX model: unknown field coding; download or export it again"
+            )
         if stop > end:
             raise GraphError("the ONNX file ends too early: it is truncated; download or export it again")
         yield _Field(tag >> 3, wire, at, body, stop)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from calib.errors import CalibrationError, GraphError
@@ -70,18 +70,24 @@ def run(job: Job) -> Outcome:
     layers, skipped = _choices(job, graph)
     workspace = Workspace(graph, job.target, job.calibration, job.device, job.threads, job.reduce_range, job.listener)
     placement = dry_placement(workspace, layers)
-    if not placement.layers:
-        why = next(iter({**skipped, **placement.skipped}.items()), None)
-        hint = f" (first: '{why[0]}': {why[1]})" if why else ""
-        raise GraphError(f"{job.source.name}: no layer can be quantized{hint}; nothing was written")
+    _require_layers(job, placement.layers, {**skipped, **placement.skipped})
     placement, stats = _statistics(job, workspace, placement, layers, notes)
+    _require_layers(job, placement.layers, {**skipped, **placement.skipped})
     plan = quantize.apply(workspace, placement, stats)
     quantized = _rendered(job, workspace, plan)
     plan.skipped = {**skipped, **placement.skipped, **plan.skipped}
+    _require_layers(job, plan.weights, plan.skipped)
     notes += graph.notes + plan.notes
     verification = verify(job.source, quantized, job.evaluation, threads=job.threads, listener=job.listener)
     _require(job, verification)
     return Outcome(quantized, graph, plan, verification, notes + verification.warnings)
+
+
+def _require_layers(job: Job, layers: Collection[object], skipped: Mapping[str, str]) -> None:
+    if not layers:
+        why = next(iter(skipped.items()), None)
+        hint = f" (first: '{why[0]}': {why[1]})" if why else ""
+        raise GraphError(f"{job.source.name}: no layer can be quantized{hint}; nothing was written")
 
 
 def _float_graph(job: Job, notes: list[str]) -> Graph:
@@ -102,12 +108,19 @@ def _float_graph(job: Job, notes: list[str]) -> Graph:
 
 def _choices(job: Job, graph: Graph) -> tuple[dict[str, tuple[Linear, LayerChoice]], dict[str, str]]:
     linears, reasons = find_linears(graph)
-    named = [Layer(lin.node, lin.op, lin.weight_name) for lin in linears]
-    others = [Layer(name, graph.node(name).op) for name in reasons]
+    given = {n.name for n in job.source.proto.graph.node}
+    named = [Layer(lin.node, lin.op, lin.weight_name, _original(lin.node, given)) for lin in linears]
+    others = [Layer(name, graph.node(name).op, original=_original(name, given)) for name in reasons]
     resolution = resolve(job.recipe, named, others)
     chosen = {lin.node: (lin, _choice(resolution.configs[lin.node], job.target))
               for lin in linears if lin.node in resolution.configs}
     return chosen, {**reasons, **resolution.skipped}
+
+
+def _original(node: str, given: Collection[str]) -> str:
+    """The name in the file of a node that was given a number because others have that name too."""
+    base = node.rpartition("#")[0]
+    return base if node not in given and base in given else node
 
 
 def _choice(config: LayerConfig, target: Target) -> LayerChoice:
@@ -132,9 +145,12 @@ def _statistics(job: Job, workspace: Workspace, placement: Placement, layers: Ma
     tensor, extent = next(iter(bad.items()))
     if job.nan == "error":
         raise CalibrationError(f"tensor '{tensor}': {_health(extent)}; fix the sample, or use --nan ignore or exclude-layer")
-    floats = {lin.node: f"its input '{lin.activation_name}' has NaN or Inf"
-              for lin, _ in placement.layers.values() if lin.activation_name in bad or lin.output_name in bad}
-    again = place(workspace.graph, layers, workspace.target, floats={**placement.skipped, **floats})
+    floats = dict(placement.skipped)
+    for placed in placement.tensors.values():
+        if placed.tensor in bad:
+            floats |= {lin.node: f"its output '{placed.tensor}' has NaN or Inf" for lin in placed.producers}
+            floats |= {lin.node: f"its input '{placed.tensor}' has NaN or Inf" for lin in placed.readers}
+    again = place(workspace.graph, layers, workspace.target, placement.output_q, floats)
     return again, {**stats, **workspace.collect(quantize.probes(workspace, again))}
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from calib.model import Model
 from calib.provider import SessionOptions, create_session
@@ -68,47 +69,60 @@ class Judge:
 
     def __init__(self, model: Model, simulation: Simulation, samples: Sequence[Sample], threads: int) -> None:
         self._simulation, self._samples = simulation, samples
-        self._names = judged_tensors(model)
+        self._judged = judged_tensors(model)
+        names = list(self._judged)
         options = SessionOptions(threads=threads, simulate=True)
-        plain = create_session(tap(model, self._names).SerializeToString(), model.weights, options=options)
-        self._reference = [run_session(plain, self._names, feed, sample) for sample, feed in samples]
+        plain = create_session(tap(model, names).SerializeToString(), model.weights, options=options)
+        self._reference = [self._centred(run_session(plain, names, feed, sample)) for sample, feed in samples]
         simulated = simulation.model
-        self._session = create_session(tap(simulated, self._names).SerializeToString(), simulated.weights, options=options)
+        self._session = create_session(tap(simulated, names).SerializeToString(), simulated.weights, options=options)
 
     def score(self, params: Mapping[str, QParams]) -> float:
         """Mean over the judged tensors of their SQNR in dB (each capped at 100 dB), pooled over the samples."""
-        signal, noise = np.zeros(len(self._names)), np.zeros(len(self._names))
+        signal, noise = np.zeros(len(self._judged)), np.zeros(len(self._judged))
         extra = self._simulation.feed(params)
         for (sample, feed), exact in zip(self._samples, self._reference, strict=True):
-            results = run_session(self._session, self._names, {**feed, **extra}, sample)
-            for i, (y, z) in enumerate(zip(exact, results, strict=True)):
-                energy = _energies(y, z)
-                signal[i] += energy[0]
-                noise[i] += energy[1]
+            seen = self._centred(run_session(self._session, list(self._judged), {**feed, **extra}, sample))
+            for i, (y, z) in enumerate(zip(exact, seen, strict=True)):
+                known = np.isfinite(y)  # elsewhere the float model itself has no answer
+                y, z = y[known], z[known]
+                signal[i] += y @ y
+                noise[i] += (y - z) @ (y - z)
         scores = [sqnr_db(float(s), float(n)) for s, n in zip(signal, noise, strict=True)]
-        known = [min(s, 100.0) if np.isfinite(s) or s > 0 else -100.0 for s in scores if s is not None]
+        known = [-100.0 if np.isnan(s) else min(s, 100.0) for s in scores if s is not None]
         return float(np.mean(known)) if known else 0.0
 
+    def _centred(self, values: list[Array]) -> list[NDArray[np.float64]]:
+        """Float values in float64, those behind a Softmax without their mean, which Softmax does not see."""
+        found = []
+        for value, axis in zip(values, self._judged.values(), strict=True):
+            exact = value.astype(np.float64) if _is_float(value) else np.zeros(0)
+            found.append(exact if axis is None or not exact.size else exact - exact.mean(axis=axis, keepdims=True))
+        return found
 
-def _energies(exact: Array, seen: Array) -> tuple[float, float]:
-    if exact.dtype.kind != "f":
-        return 0.0, 0.0
-    y = exact.astype(np.float64)
-    return float((y * y).sum()), float(((y - seen) ** 2).sum())
+
+def _is_float(value: object) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.kind == "f"  # an output may be a sequence or a map
 
 
-def judged_tensors(model: Model) -> list[str]:
-    """The model's outputs and, for each behind a saturating function, the value that function reads."""
+def judged_tensors(model: Model) -> dict[str, int | None]:
+    """The model's outputs, each one behind a saturating function replaced by what that function reads.
+
+    A saturated output hides errors: two classes at 0.999 and 0.001 look right until the logits have moved far. The
+    value is the axis a Softmax normalizes over, None for all others.
+    """
     producers = {o: n for n in model.proto.graph.node for o in n.output}
-    names = [o.name for o in model.proto.graph.output]
-    inner = []
-    for name in names:
-        node = producers.get(name)
+    judged: dict[str, int | None] = {}
+    for output in model.proto.graph.output:
+        node = producers.get(output.name)
         while node is not None and node.op_type in _TRANSPARENT:
             node = producers.get(node.input[0])
         if node is not None and node.op_type in _SATURATING and node.input[0] in producers:
-            inner.append(node.input[0])
-    return list(dict.fromkeys(names + inner))
+            axis = next((int(a.i) for a in node.attribute if a.name == "axis"), -1)
+            judged[node.input[0]] = axis if node.op_type in ("Softmax", "LogSoftmax") else None
+        else:
+            judged[output.name] = None
+    return judged
 
 
 def _spread(data: Dataset, count: int) -> list[Sample]:

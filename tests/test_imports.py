@@ -16,7 +16,7 @@ MAX_LINES = 350
 # which re-exports the API.
 ORDER: tuple[frozenset[str], ...] = (
     frozenset({"calib"}),
-    frozenset({"onnxslim_ptq.errors"}),
+    frozenset({"onnxslim_ptq.errors", "onnxslim_ptq.cpu"}),
     frozenset({"onnxslim_ptq.core"}),
     frozenset({"onnxslim_ptq.rounders"}),
     frozenset({"onnxslim_ptq.graph"}),
@@ -27,10 +27,13 @@ ORDER: tuple[frozenset[str], ...] = (
     frozenset({"onnxslim_ptq.analysis"}),
     frozenset({"onnxslim_ptq.pipeline"}),
     frozenset({"onnxslim_ptq.api", "onnxslim_ptq"}),
-    frozenset({"onnxslim_ptq.frontends", "onnxslim_ptq.cli", "onnxslim_ptq.__main__"}),
+    frozenset({
+        "onnxslim_ptq.frontends", "onnxslim_ptq.doctor", "onnxslim_ptq.commands", "onnxslim_ptq.cli",
+        "onnxslim_ptq.__main__",
+    }),
 )
 RANK = {name: rank for rank, group in enumerate(ORDER) for name in group}
-MAY_PRINT = {"onnxslim_ptq.cli", "onnxslim_ptq.__main__"}
+MAY_PRINT = {"onnxslim_ptq.cli", "onnxslim_ptq.commands", "onnxslim_ptq.__main__"}
 NOT_IMPORTED = ("tools", "tests")
 ONNXRUNTIME_SEAM = "calib.provider"
 

@@ -27,17 +27,21 @@ class HistogramStats:
     """n[k] = number of finite x whose float32 has the upper 16 bits k (sign, exponent, 7 mantissa bits).
 
     Any shape, any real dtype (a float64 is rounded to float32 for its key only). ``extent`` is a `MinMaxStats`:
-    exact lo and hi, counts of NaN and Inf, the first bad sample. State: ``counts`` int64 [65536], ``every`` int64
-    0-d, and the state of ``extent``. Integer counters make merging exact in any order; mean and deviation are
+    exact lo and hi, counts of NaN and Inf, the first bad sample. State: ``counts`` int64 [65536], ``every`` and
+    ``most`` int64 0-d, and the state of ``extent``. Integer counters make merging exact in any order; mean and deviation are
     computed from the counters (`Bins.mean`, `Bins.std`) so that they share this property.
 
     Option ``every`` = k: count each k-th element only (lo, hi, NaN and Inf still see all of them). k is raised
     until coprime with the tensor's size, else a k dividing the row length would look at a few channels only.
+    Option ``most`` = n: count about n elements of a tensor at most, by the k that does so (0: no limit); a sample is
+    treated the same whatever came before it, so merging stays exact.
     """
 
     def __init__(self, probe: Probe | None = None) -> None:
-        options = options_of(probe, {"every": 1}) if probe is not None else {"every": 1}
+        defaults: dict[str, float] = {"every": 1, "most": 0}
+        options = options_of(probe, defaults) if probe is not None else defaults
         self.every = int(options["every"])
+        self.most = int(options["most"])
         if self.every < 1 or self.every != options["every"]:
             raise CalibrationError(
                 f"histogram option every: expected a whole number >= 1, got {options['every']}"
@@ -61,7 +65,7 @@ class HistogramStats:
         bad_before = self.extent.nan + self.extent.inf
         self.extent.update(x, sample)
         clean = self.extent.nan + self.extent.inf == bad_before
-        every = _coprime(self.every, x.size)
+        every = _coprime(max(self.every, x.size // self.most if self.most else 1), x.size)
         flat = np.ascontiguousarray(x).reshape(-1)
         for start in range(0, x.size, _CHUNK * every):
             self._count(flat[start : start + _CHUNK * every : every], clean)
@@ -93,14 +97,15 @@ class HistogramStats:
 
     def state(self) -> dict[str, Array]:
         """Return the arrays described in the class docstring."""
-        return {**self.extent.state(), "counts": self.counts.copy(), "every": np.array(self.every, np.int64)}
+        options: dict[str, Array] = {"every": np.array(self.every, np.int64), "most": np.array(self.most, np.int64)}
+        return {**self.extent.state(), "counts": self.counts.copy(), **options}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Array]) -> HistogramStats:
         """Rebuild from what `state` returned; KeyError when an array is missing."""
         new = cls()
         new.extent = MinMaxStats.from_state(state)
-        new.every = int(state["every"])
+        new.every, new.most = int(state["every"]), int(state["most"])
         new.counts = state["counts"].astype(np.int64)
         return new
 

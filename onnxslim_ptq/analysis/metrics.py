@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from calib.types import Array
 from onnxslim_ptq.core.qmath import sqnr_db
 
-__all__ = ["OutputError", "worst_sqnr"]
+__all__ = ["Output", "OutputError", "leaves", "worst_sqnr"]
+
+Output = Array | list[Any] | dict[Any, Any]  # a tensor, or a sequence or map of outputs
+
+
+def leaves(output: Output) -> list[Array]:
+    """The tensors of an output, in order."""
+    if isinstance(output, np.ndarray):
+        return [output]
+    if isinstance(output, dict):
+        return [leaf for value in output.values() for leaf in leaves(value)]
+    return [leaf for value in output for leaf in leaves(value)] if isinstance(output, list) else [np.asarray(output)]
 
 
 @dataclass
@@ -31,8 +43,16 @@ class OutputError:
     is_float: bool = True
     faults: list[str] = field(default_factory=list)
 
-    def add(self, exact: Array, seen: Array, sample: str) -> None:
+    def add(self, exact: Output, seen: Output, sample: str) -> None:
         """Take in one sample's outputs; a changed shape or a new NaN or Inf is a fault."""
+        ys, zs = leaves(exact), leaves(seen)
+        if len(ys) != len(zs):
+            self.faults.append(f"{sample}: output '{self.name}' has {len(zs)} tensors, float {len(ys)}")
+            return
+        for y, z in zip(ys, zs, strict=True):
+            self._add(y, z, sample)
+
+    def _add(self, exact: Array, seen: Array, sample: str) -> None:
         if exact.shape != seen.shape:
             self.faults.append(f"{sample}: output '{self.name}' has shape {list(seen.shape)}, float {list(exact.shape)}")
             return

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import onnx
 
 from calib.errors import GraphError
 from calib.model import Model
@@ -39,7 +42,7 @@ def verify(source: Model, quantized: Model, data: Dataset, *, threads: int = 0, 
     missing = [n for n in names if n not in {o.name for o in quantized.proto.graph.output}]
     if missing:
         raise VerificationError(f"the quantized model lost its output '{missing[0]}'; report this as a defect")
-    exact = _session(source, SessionOptions(threads=threads))
+    exact = _session(_with_node_names(source), SessionOptions(threads=threads))
     fast = _loaded(quantized, SessionOptions(threads=threads))
     plain = _loaded(quantized, SessionOptions(threads=threads, optimize=Optimize.OFF))
     total = [OutputError(n) for n in names]
@@ -68,6 +71,19 @@ def compare_outputs(exact: Any, seen: Any, names: Sequence[str], data: Dataset) 
     for sample, feed in data:
         _add(errors, run_session(exact, names, feed, sample), run_session(seen, names, feed, sample), str(sample))
     return errors
+
+
+def _with_node_names(model: Model) -> Model:
+    """The model with node names removed where several nodes have the same: ONNX Runtime refuses to load that."""
+    count = Counter(n.name for n in model.proto.graph.node if n.name)
+    if all(n == 1 for n in count.values()):
+        return model
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    for node in proto.graph.node:
+        if count[node.name] > 1:
+            node.name = ""
+    return replace(model, proto=proto)
 
 
 def _session(model: Model, options: SessionOptions) -> Any:

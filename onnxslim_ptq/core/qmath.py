@@ -72,7 +72,9 @@ def quantize(x: Array, params: QParams) -> Array:
     dtype = params.spec.dtype
     work = np.float32 if x.dtype in (np.float16, np.float32) else np.float64
     scale = _along(params.scale.astype(work), x.ndim, params.axis)
-    codes = np.rint(np.asarray(x, work) / scale) + _along(params.zero_point, x.ndim, params.axis)
+    with np.errstate(over="ignore"):  # a quotient beyond the float type saturates like any other
+        steps = np.rint(np.asarray(x, work) / scale)
+    codes = steps + _along(params.zero_point, x.ndim, params.axis)
     return np.clip(codes, dtype.lowest, dtype.highest).astype(dtype.dtype)
 
 

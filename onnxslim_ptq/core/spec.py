@@ -111,6 +111,8 @@ class QuantPlan:
 
     ``activations`` maps sites to slots; ``weights`` and ``biases`` map (node, port) to slots whose codes are in
     ``weight_codes`` and ``bias_codes`` under the slot's params id; ``skipped`` tells why a node stays float.
+    ``uncorrected`` keeps, for each layer whose bias was corrected, (node, port, values) of the bias before: a layer
+    that stays float after all must get it back.
     """
 
     activations: dict[Site, Slot] = field(default_factory=dict)
@@ -120,6 +122,7 @@ class QuantPlan:
     ranges: dict[str, tuple[Range, str]] = field(default_factory=dict)
     weight_codes: dict[str, WeightCodes] = field(default_factory=dict)
     bias_codes: dict[str, BiasCodes] = field(default_factory=dict)
+    uncorrected: dict[str, tuple[str, int, Array]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 

@@ -7,23 +7,47 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from calib.errors import GraphError
 from calib.model import Model
 from calib.types import Array
-from onnxslim_ptq.core.spec import QParams, QuantPlan, Result, Slot, Use
+from onnxslim_ptq.core.spec import PerChannel, PerTensor, QParams, QuantPlan, QuantSpec, Result, Slot, Use
 from onnxslim_ptq.core.targets import Target
+from onnxslim_ptq.export.float16 import ABSORBED, compute_in_float32, half_layers
+from onnxslim_ptq.graph.edit import is_captured
 from onnxslim_ptq.graph.graph import Graph
+from onnxslim_ptq.graph.ir import lowest_ir
+from onnxslim_ptq.graph.opset import raise_opset
 
-__all__ = ["render_qdq"]
+__all__ = ["render_qdq", "required_opset"]
+
+_FIRST, _PER_CHANNEL, _FLOAT16_SCALES = 10, 13, 19
+_WORST_ROUNDING = 0.01  # of a scale that float16 has to hold: below 6e-5 it loses digits
+
+
+def required_opset(plan: QuantPlan, model: Model, target: Target) -> int:
+    """The lowest opset that can express ``plan``: 10, per-channel scales 13, float16 scales 19.
+
+    float16 scales are needed by float16 layers, unless the target computes those in float32 between casts.
+    """
+    if not target.float16_cast and half_layers(Graph(model), plan):
+        return _FLOAT16_SCALES
+    params = [*plan.params.values(), *(codes.params for codes in plan.weight_codes.values())]
+    return _PER_CHANNEL if any(p.axis is not None for p in params) else _FIRST
 
 
 def render_qdq(model: Model, plan: QuantPlan, target: Target) -> Model:
     """The float ``model`` with every slot of ``plan`` rendered; ``model`` is not changed.
 
     Activations: x -> QuantizeLinear -> DequantizeLinear, one pair per tensor and params. Weights: integer
-    initializer -> DequantizeLinear. Biases: int32 initializer -> DequantizeLinear with scale s_x * s_w.
+    initializer -> DequantizeLinear. Biases: int32 initializer -> DequantizeLinear with scale s_x * s_w. The opset is
+    raised where the plan needs it; the IR version is the lowest that serves the result.
+
+    Raises:
+        GraphError: the model cannot have the opset the plan needs, or float16 cannot hold a scale.
     """
-    graph = Graph(model)
-    writer = _Writer(graph, plan, target)
+    graph = Graph(raise_opset(model, required_opset(plan, model, target)))
+    half = half_layers(graph, plan)
+    writer = _Writer(graph, plan, frozenset() if target.float16_cast else frozenset(half))
     for site, slot in plan.activations.items():
         if isinstance(site, Result):
             writer.quantize_result(site.tensor, slot)
@@ -34,83 +58,138 @@ def render_qdq(model: Model, plan: QuantPlan, target: Target) -> Model:
         writer.quantize_weight(use, slot)
     for use, slot in plan.biases.items():
         writer.quantize_bias(use, slot)
-    if target.float16_cast:
-        writer.restore_float16()
-    return graph.to_model()
+    if half and target.float16_cast:
+        compute_in_float32(graph, half)
+    rendered = graph.to_model()
+    rendered.proto.ir_version = lowest_ir(rendered.proto)
+    return rendered
 
 
 @dataclass
 class _Writer:
+    """Inserts nodes; ``half`` names the layers whose scales must be float16."""
+
     graph: Graph
     plan: QuantPlan
-    target: Target
-    pairs: dict[tuple[str, str], gs.Variable] = field(default_factory=dict)
-    constants: dict[str, gs.Constant] = field(default_factory=dict)
-    dequantized: dict[str, gs.Variable] = field(default_factory=dict)
-    float16_layers: dict[str, gs.Node] = field(default_factory=dict)
+    half: frozenset[str]
+    pairs: dict[tuple[str, str], gs.Tensor] = field(default_factory=dict)
+    numbers: dict[tuple[str, str], tuple[gs.Constant, gs.Constant]] = field(default_factory=dict)
+    weights: dict[tuple[str, bool], gs.Tensor] = field(default_factory=dict)
 
     def quantize_result(self, name: str, slot: Slot) -> None:
-        tensor = self._tensor(name)
-        readers = [(n, p) for n in self.graph.consumers(tensor) for p, t in enumerate(n.inputs) if t is tensor]
-        real = self._pair(tensor, slot)
+        """Every reader of value ``name`` reads it quantized, graph outputs and subgraphs too: they know it by name."""
+        tensor = self.graph.tensor(name)
+        producer = self.graph.producer(tensor)
+        by_name = name in self.graph.outputs or is_captured(self.graph, tensor)
+        half = self._is_half(tensor)
+        if producer is not None and by_name:
+            raw = self.graph.variable(f"{name}_float")
+            producer.outputs[producer.outputs.index(tensor)] = raw
+            self.pairs[name, slot.params] = self._pair(raw, slot, half, tensor)
+            return
+        readers = [
+            (n, p) for n in self.graph.consumers(tensor) for p, t in enumerate(n.inputs) if t is tensor
+        ]
+        real = self.pairs[name, slot.params] = self._pair(tensor, slot, half)
         for node, port in readers:
-            if not self.graph.has_subgraph(node):  # a subgraph reads its captured values by their own name
+            if not self.graph.has_subgraph(node):  # reached for graph inputs only: their name is not free
                 node.inputs[port] = real
 
     def quantize_use(self, use: Use, slot: Slot) -> None:
         node = self.graph.node(use.node)
         tensor = node.inputs[use.port]
-        if any(t is tensor for t in self.pairs.values()):
+        if any(real is tensor for real in self.pairs.values()):
             return  # the value is already quantized where it is produced
-        node.inputs[use.port] = self._pair(tensor, slot)
-
-    def quantize_weight(self, use: Use, slot: Slot) -> None:
-        node = self.graph.node(use.node)
-        old = node.inputs[use.port]
-        if slot.params not in self.dequantized:
-            codes = self.plan.weight_codes[slot.params]
-            self.dequantized[slot.params] = self._dequantize(old.name, codes.codes, codes.params)
-        node.inputs[use.port] = self.dequantized[slot.params]
-
-    def quantize_bias(self, use: Use, slot: Slot) -> None:
-        node = self.graph.node(use.node)
-        bias = self.plan.bias_codes[slot.params]
-        params = QParams(slot.spec, bias.scale, np.zeros(bias.scale.shape, np.int64))
-        node.inputs[use.port] = self._dequantize(node.inputs[use.port].name, bias.codes, params, unique=use.node)
-
-    def restore_float16(self) -> None:
-        """Filled in by float16 models only: see ``_pair``."""
-
-    def _tensor(self, name: str) -> gs.Tensor:
-        return self.graph.tensor(name)
-
-    def _pair(self, tensor: gs.Tensor, slot: Slot) -> gs.Variable:
         key = (tensor.name, slot.params)
         if key not in self.pairs:
-            params = self.plan.params[slot.params]
-            scale, zero = self._numbers(slot.params, tensor.name, params)
-            codes = self.graph.variable(f"{tensor.name}_quantized")
-            real = self.graph.variable(f"{tensor.name}_dequantized")
-            attrs = {} if params.axis is None else {"axis": params.axis}
-            self.graph.add_node("QuantizeLinear", f"{tensor.name}_QuantizeLinear", [tensor, scale, zero], [codes], attrs)
-            self.graph.add_node("DequantizeLinear", f"{tensor.name}_DequantizeLinear", [codes, scale, zero], [real],
-                                attrs)
-            self.pairs[key] = real
-        return self.pairs[key]
+            self.pairs[key] = self._pair(tensor, slot, use.node in self.half)
+        node.inputs[use.port] = self.pairs[key]
 
-    def _dequantize(self, name: str, codes: Array, params: QParams, *, unique: str = "") -> gs.Variable:
-        base = f"{name}.{unique}" if unique and f"{name}_quantized" in self.constants else name
-        stored = self.constants[f"{base}_quantized"] = self.graph.constant(f"{base}_quantized", codes)
-        scale, zero = self._numbers(f"{base}@weight", base, params)
-        real = self.graph.variable(f"{base}_dequantized")
-        attrs = {} if params.axis is None else {"axis": params.axis}
-        self.graph.add_node("DequantizeLinear", f"{base}_DequantizeLinear", [stored, scale, zero], [real], attrs)
+    def quantize_weight(self, use: Use, slot: Slot) -> None:
+        """Nodes whose weights share a params id share one integer tensor."""
+        node = self.graph.node(use.node)
+        key = (slot.params, use.node in self.half)
+        if key not in self.weights:
+            codes = self.plan.weight_codes[slot.params]
+            name = node.inputs[use.port].name
+            self.weights[key] = self._stored(
+                name, codes.codes, codes.params, slot.params, use.node in self.half
+            )
+        node.inputs[use.port] = self.weights[key]
+
+    def quantize_bias(self, use: Use, slot: Slot) -> None:
+        """One integer bias per node: its scale belongs to the node's activation and weight.
+
+        Behind float16 scales a bias stays float16: s_x * s_w leaves float16's range, and so do its codes.
+        """
+        if use.node in self.half:
+            return
+        node = self.graph.node(use.node)
+        bias = self.plan.bias_codes[slot.params]
+        scale = bias.scale
+        weights = self.plan.weight_codes.get(bias.weight)
+        if (
+            weights is not None
+            and weights.params.axis is None
+            and scale.size
+            and (scale == scale.reshape(-1)[0]).all()
+        ):
+            scale = scale.reshape(-1)[0].reshape(())  # no axis, so that opset 10 will do
+        grain = PerTensor() if scale.ndim == 0 else PerChannel(0)
+        spec = QuantSpec(slot.spec.dtype, grain, symmetric=True)
+        params = QParams(spec, scale, np.zeros(scale.shape, np.int64))
+        name = node.inputs[use.port].name
+        node.inputs[use.port] = self._stored(name, bias.codes, params, f"bias of {use.node}", False)
+
+    def _is_half(self, tensor: gs.Tensor) -> bool:
+        """Whether ``tensor`` is float16: a float16 layer reads it, or makes it, perhaps through a Relu or Clip."""
+        near = [*self.graph.consumers(tensor)]
+        if (producer := self.graph.producer(tensor)) is not None:
+            near.append(producer)
+            if producer.op in ABSORBED and (before := self.graph.producer(producer.inputs[0])) is not None:
+                near.append(before)
+        return any(node.name in self.half for node in near)
+
+    def _pair(self, tensor: gs.Tensor, slot: Slot, half: bool, result: gs.Tensor | None = None) -> gs.Tensor:
+        name = tensor.name if result is None else result.name
+        scale, zero = self._scale_and_zero(slot.params, name, self.plan.params[slot.params], half)
+        codes = self.graph.variable(f"{name}_quantized")
+        real = self.graph.variable(f"{name}_dequantized") if result is None else result
+        attrs = _axis(self.plan.params[slot.params])
+        self.graph.add_node("QuantizeLinear", f"{name}_QuantizeLinear", [tensor, scale, zero], [codes], attrs)
+        self.graph.add_node(
+            "DequantizeLinear", f"{name}_DequantizeLinear", [codes, scale, zero], [real], attrs
+        )
         return real
 
-    def _numbers(self, key: str, name: str, params: QParams) -> tuple[gs.Constant, gs.Constant]:
+    def _stored(self, name: str, codes: Array, params: QParams, key: str, half: bool) -> gs.Tensor:
+        stored = self.graph.constant(f"{name}_quantized", codes)
+        scale, zero = self._scale_and_zero(f"{key} stored", name, params, half)
+        real = self.graph.variable(f"{name}_dequantized")
+        node = f"{name}_DequantizeLinear"
+        self.graph.add_node("DequantizeLinear", node, [stored, scale, zero], [real], _axis(params))
+        return real
+
+    def _scale_and_zero(
+        self, key: str, name: str, params: QParams, half: bool
+    ) -> tuple[gs.Constant, gs.Constant]:
         """Scale and zero point constants, shared by everything that uses the same params."""
-        if f"{key}@scale" not in self.constants:
-            self.constants[f"{key}@scale"] = self.graph.constant(f"{name}_scale", params.scale.astype(np.float32))
-            self.constants[f"{key}@zero"] = self.graph.constant(
-                f"{name}_zero_point", params.zero_point.astype(params.spec.dtype.dtype))
-        return self.constants[f"{key}@scale"], self.constants[f"{key}@zero"]
+        kind = "float16" if half else "float32"
+        if (key, kind) not in self.numbers:
+            shape = () if params.axis is None else (-1,)
+            scale = params.scale.reshape(shape).astype(kind)
+            if half and (np.abs(scale - params.scale) > _WORST_ROUNDING * params.scale).any():
+                raise GraphError(
+                    f"value '{name}': its scale {float(params.scale.min()):.3g} leaves the range of "
+                    "float16; leave its layers float with --exclude, or give the float32 model"
+                )
+            zero = params.zero_point.reshape(shape).astype(params.spec.dtype.dtype)
+            self.numbers[key, kind] = (
+                self.graph.constant(f"{name}_scale", scale),
+                self.graph.constant(f"{name}_zero_point", zero),
+            )
+        return self.numbers[key, kind]
+
+
+def _axis(params: QParams) -> dict[str, int]:
+    return {} if params.axis is None else {"axis": params.axis}

@@ -18,6 +18,7 @@ from calib.model import Model
 from calib.types import Array
 from onnxslim_ptq.core.qmath import dequantize
 from onnxslim_ptq.core.spec import QParams, QuantPlan, Result
+from onnxslim_ptq.export.float16 import ABSORBED, half_layers
 from onnxslim_ptq.graph.graph import Graph
 
 __all__ = ["Simulation", "simulate"]
@@ -42,18 +43,13 @@ class Simulation:
 def simulate(model: Model, plan: QuantPlan) -> Simulation:
     """Build the simulation of ``plan`` (its activation sites and weight codes; biases stay float)."""
     graph = Graph(model)
-    half = {t.name for t in model.proto.graph.initializer if t.data_type == onnx.TensorProto.FLOAT16}
+    half = half_layers(graph, plan)
     numbers: dict[str, tuple[str, str]] = {}
     dtypes: dict[str, int] = {}
     done: dict[str, gs.Tensor] = {}
-    results = {s.tensor: slot for s, slot in plan.activations.items() if isinstance(s, Result)}
-    wanted = dict(results)
-    for use, slot in plan.activations.items():
-        if not isinstance(use, Result):
-            wanted.setdefault(graph.node(use.node).inputs[use.port].name, slot)
     for use, slot in plan.weights.items():
         node = graph.node(use.node)
-        dtype = np.float16 if node.inputs[use.port].name in half else np.float32
+        dtype = np.float16 if use.node in half else np.float32
         codes = plan.weight_codes[slot.params]
         key = f"weight:{slot.params}"
         if key not in done:
@@ -68,11 +64,7 @@ def simulate(model: Model, plan: QuantPlan) -> Simulation:
             dtypes[slot.params] = onnx.helper.np_dtype_to_tensor_dtype(slot.spec.dtype.dtype)
         if isinstance(site, Result):
             tensor = graph.tensor(name)
-            readers = [(n, p) for n in graph.consumers(tensor) for p, t in enumerate(n.inputs) if t is tensor]
-            pairs[name, slot.params] = real = _pair(graph, tensor, numbers[slot.params])
-            for node, port in readers:
-                if not graph.has_subgraph(node):
-                    node.inputs[port] = real
+            pairs[name, slot.params] = _quantize_result(graph, tensor, numbers[slot.params], _is_half(graph, tensor, half))
     for site, slot in plan.activations.items():
         if isinstance(site, Result):
             continue
@@ -82,7 +74,7 @@ def simulate(model: Model, plan: QuantPlan) -> Simulation:
             continue
         key = (tensor.name, slot.params)
         if key not in pairs:
-            pairs[key] = _pair(graph, tensor, numbers[slot.params])
+            pairs[key] = _pair(graph, tensor, numbers[slot.params], site.node in half)
         node.inputs[site.port] = pairs[key]
     simulated = graph.to_model()
     for key, (scale, zero) in numbers.items():
@@ -91,9 +83,47 @@ def simulate(model: Model, plan: QuantPlan) -> Simulation:
     return Simulation(simulated, numbers)
 
 
-def _pair(graph: Graph, tensor: gs.Tensor, numbers: tuple[str, str]) -> gs.Tensor:
+def _quantize_result(graph: Graph, tensor: gs.Tensor, numbers: tuple[str, str], half: bool) -> gs.Tensor:
+    """Let every reader of ``tensor`` read it quantized, graph outputs and subgraphs too: it keeps its name."""
+    producer = graph.producer(tensor)
+    if producer is not None:
+        raw = graph.variable(f"{tensor.name}.raw")
+        producer.outputs[producer.outputs.index(tensor)] = raw
+        real = _pair(graph, raw, numbers, half)
+        last = graph.producer(real)
+        assert last is not None
+        last.outputs[0] = tensor
+        return tensor
+    readers = [(n, p) for n in graph.consumers(tensor) for p, t in enumerate(n.inputs) if t is tensor]
+    real = _pair(graph, tensor, numbers, half)
+    for node, port in readers:
+        if not graph.has_subgraph(node):  # it knows the graph input by its name
+            node.inputs[port] = real
+    return real
+
+
+def _pair(graph: Graph, tensor: gs.Tensor, numbers: tuple[str, str], half: bool) -> gs.Tensor:
+    """Q/DQ in float32, between casts when ``tensor`` is float16."""
     scale, zero = (gs.Variable(n) for n in numbers)
     codes, real = graph.variable(f"{tensor.name}.codes"), graph.variable(f"{tensor.name}.real")
-    graph.add_node("QuantizeLinear", f"{tensor.name}.Q", [tensor, scale, zero], [codes])
+    source = _cast(graph, tensor, onnx.TensorProto.FLOAT) if half else tensor
+    graph.add_node("QuantizeLinear", f"{tensor.name}.Q", [source, scale, zero], [codes])
     graph.add_node("DequantizeLinear", f"{tensor.name}.DQ", [codes, scale, zero], [real])
-    return real
+    return _cast(graph, real, onnx.TensorProto.FLOAT16) if half else real
+
+
+def _is_half(graph: Graph, tensor: gs.Tensor, half: set[str]) -> bool:
+    """Whether a layer in ``half`` reads ``tensor`` or makes it, perhaps through an activation function."""
+    near = graph.consumers(tensor)
+    producer = graph.producer(tensor)
+    if producer is not None:
+        near.append(producer)
+        if producer.op in ABSORBED and (before := graph.producer(producer.inputs[0])) is not None:
+            near.append(before)
+    return any(node.name in half for node in near)
+
+
+def _cast(graph: Graph, tensor: gs.Tensor, to: int) -> gs.Tensor:
+    result = graph.variable(f"{tensor.name}.cast")
+    graph.add_node("Cast", f"{tensor.name}.Cast", [tensor], [result], {"to": int(to)})
+    return result

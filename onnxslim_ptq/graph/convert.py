@@ -11,11 +11,26 @@ from onnx import AttributeProto, GraphProto, NodeProto
 
 from calib.errors import GraphError
 
-__all__ = ["Node", "Origin", "all_names", "captured", "export_node", "import_graph", "in_order", "plain_attributes",
-           "subgraphs"]
+__all__ = [
+    "Node",
+    "Origin",
+    "all_names",
+    "captured",
+    "export_node",
+    "import_graph",
+    "in_order",
+    "plain_attributes",
+    "subgraphs",
+]
 
-_PLAIN = {AttributeProto.INT, AttributeProto.FLOAT, AttributeProto.STRING, AttributeProto.INTS, AttributeProto.FLOATS,
-          AttributeProto.STRINGS}
+_PLAIN = {
+    AttributeProto.INT,
+    AttributeProto.FLOAT,
+    AttributeProto.STRING,
+    AttributeProto.INTS,
+    AttributeProto.FLOATS,
+    AttributeProto.STRINGS,
+}
 
 
 class Node(gs.Node):  # type: ignore[misc]  # graphsurgeon has no types
@@ -50,7 +65,9 @@ def import_graph(
     slim.graph.input.extend(inputs)
     slim.graph.output.extend(source.graph.output)
     for tensor in source.graph.initializer:  # graphsurgeon needs the name only, and decodes what it is given
-        slim.graph.initializer.append(onnx.TensorProto(name=tensor.name, data_type=onnx.TensorProto.FLOAT, dims=[0]))
+        slim.graph.initializer.append(
+            onnx.TensorProto(name=tensor.name, data_type=onnx.TensorProto.FLOAT, dims=[0])
+        )
     origins = []
     for node in source.graph.node:
         bare = slim.graph.node.add(op_type=node.op_type, name=node.name, domain=node.domain)
@@ -72,7 +89,9 @@ def export_node(node: gs.Node, origin: Origin | None) -> NodeProto:
     outputs = [t.name for t in node.outputs]
     if origin is None:
         domain = node.domain or ""
-        made: NodeProto = onnx.helper.make_node(node.op, inputs, outputs, node.name, None, domain, **node.attrs)
+        made: NodeProto = onnx.helper.make_node(
+            node.op, inputs, outputs, node.name, None, domain, **node.attrs
+        )
         return made
     proto = NodeProto()
     proto.CopyFrom(origin.proto)
@@ -86,7 +105,9 @@ def export_node(node: gs.Node, origin: Origin | None) -> NodeProto:
 
 def plain_attributes(node: NodeProto) -> list[AttributeProto]:
     """The attributes graphsurgeon can hold: numbers, strings and lists of them."""
-    return [a for a in node.attribute if a.type in _PLAIN and not a.ref_attr_name and _is_text([a.s, *a.strings])]
+    return [
+        a for a in node.attribute if a.type in _PLAIN and not a.ref_attr_name and _is_text([a.s, *a.strings])
+    ]
 
 
 def _is_text(strings: list[bytes]) -> bool:
@@ -122,7 +143,9 @@ def _free_names(graph: GraphProto) -> set[str]:
 
 def all_names(graph: GraphProto) -> set[str]:
     """Every value name in ``graph`` and its subgraphs: a new name must avoid them all."""
-    names = {t.name for t in graph.initializer} | {i.name for i in graph.input} | {o.name for o in graph.output}
+    names = (
+        {t.name for t in graph.initializer} | {i.name for i in graph.input} | {o.name for o in graph.output}
+    )
     names |= {t.values.name for t in graph.sparse_initializer}
     for node in graph.node:
         names.update(node.input, node.output)
@@ -139,7 +162,9 @@ def _name_nodes(nodes: Iterable[gs.Node]) -> None:
     for at, node in enumerate(nodes):
         base = node.name or f"{node.op}_{next((t.name for t in node.outputs if t.name), at)}"
         name, count = base, 1
-        while name in taken or (name != node.name and name in given):  # a name from the file is never given away
+        while name in taken or (
+            name != node.name and name in given
+        ):  # a name from the file is never given away
             count += 1
             name = f"{base}#{count}"
         node.name = name

@@ -9,12 +9,17 @@ from numpy.typing import NDArray
 from calib.types import Array
 from onnxslim_ptq.graph.graph import Graph
 
-__all__ = ["bypass", "is_standard", "own_constant", "per_channel_values"]
+__all__ = ["bypass", "is_captured", "is_standard", "own_constant", "per_channel_values"]
 
 
 def is_standard(node: gs.Node) -> bool:
     """Whether ``node`` is an operator of ONNX itself, whose meaning is known; custom domains reuse names freely."""
     return node.domain in (None, "", "ai.onnx")
+
+
+def is_captured(graph: Graph, tensor: gs.Tensor) -> bool:
+    """Whether a node with subgraphs reads ``tensor``: such a reader knows it by name."""
+    return any(graph.has_subgraph(node) for node in graph.consumers(tensor))
 
 
 def own_constant(graph: Graph, node: gs.Node, port: int, values: Array) -> None:
@@ -35,7 +40,9 @@ def bypass(graph: Graph, first: gs.Node, last: gs.Node) -> None:
     first.outputs[0] = result
 
 
-def per_channel_values(values: Array | None, channels: int, ndim: int, axis: int) -> NDArray[np.float64] | None:
+def per_channel_values(
+    values: Array | None, channels: int, ndim: int, axis: int
+) -> NDArray[np.float64] | None:
     """``values`` as [channels] float64 when it broadcasts over a rank-``ndim`` tensor as one value per ``axis`` index.
 
     Scalars and one-element tensors count; None when the constant varies along any other axis.

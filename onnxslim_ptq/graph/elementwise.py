@@ -6,7 +6,7 @@ that function: HardSwish is 0 below -3, so nothing below -3 needs a code.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,10 +14,13 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from calib.types import Array
+
+from calib.errors import GraphError
 from calib.provider import SessionOptions, create_session
 from onnxslim_ptq.graph.graph import Graph
 
-__all__ = ["Aftermath", "aftermath"]
+__all__ = ["follow"]
 
 _ELEMENTWISE = frozenset({
     "Abs", "Add", "Celu", "Clip", "Div", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu",
@@ -27,20 +30,41 @@ _ELEMENTWISE = frozenset({
 Floats = NDArray[np.float64]
 
 
+def follow(graph: Graph, points: Mapping[str, Floats]) -> dict[str, list[Floats]]:
+    """For each tensor name, what the rest of the graph reads of it, as functions tabulated at ``points`` (1-D).
+
+    A value is followed through elementwise operators whose other inputs are scalar constants, to where anything else
+    reads it; a value nothing follows is its own only table. All chains run in one ONNX Runtime session.
+    """
+    tables: dict[str, list[Floats]] = {}
+    chains: list[_Chain] = []
+    for index, name in enumerate(points):
+        chain = _chain(graph, graph.tensor(name), f"{index}:")
+        tables[name] = [points[name]] if chain.reads_itself or not chain.exits else []
+        if chain.exits:
+            chains.append(chain)
+    results = _run(graph, chains, points)
+    for chain in chains:
+        own = results.get(chain.source)
+        if own is None:  # an operator this runtime lacks: the value is judged by itself
+            tables[chain.source] = [points[chain.source]]
+        else:
+            tables[chain.source] += own
+    return tables
+
+
 @dataclass(frozen=True)
-class Aftermath:
-    """The functions of one value that the rest of the graph reads; ``exits`` are their tensor names."""
+class _Chain:
+    """The elementwise nodes behind ``source``; ``exits`` are computed tensors others read; names get ``prefix``."""
 
+    source: str
+    prefix: str
+    nodes: tuple[gs.Node, ...]
     exits: tuple[str, ...]
-    apply: Callable[[Floats], list[Floats]]
-
-    @property
-    def is_identity(self) -> bool:
-        return len(self.exits) == 1 and not self.apply.__closure__
+    reads_itself: bool
 
 
-def aftermath(graph: Graph, tensor: gs.Tensor) -> Aftermath:
-    """Follow ``tensor`` through operators whose other inputs are scalar constants, to where anything else reads it."""
+def _chain(graph: Graph, tensor: gs.Tensor, prefix: str) -> _Chain:
     inside: dict[str, gs.Tensor] = {tensor.name: tensor}
     nodes: dict[int, gs.Node] = {}
     queue = [tensor]
@@ -53,25 +77,11 @@ def aftermath(graph: Graph, tensor: gs.Tensor) -> Aftermath:
                 queue.extend(inside.values())
     exits = [n for n, t in inside.items()
              if n in graph.outputs or any(id(c) not in nodes for c in graph.consumers(t))]
-    computed = [n for n in exits if n != tensor.name]
-    if not computed:
-        return Aftermath((tensor.name,), _identity)
-    session = _session(graph, tensor.name, [n for n in graph.nodes if id(n) in nodes], computed)
-    if session is None:
-        return Aftermath((tensor.name,), _identity)
-
-    def apply(x: Floats) -> list[Floats]:
-        results = session.run(computed, {tensor.name: x.astype(np.float32)})
-        return ([x] if tensor.name in exits else []) + [np.asarray(r, np.float64) for r in results]
-
-    return Aftermath(tuple(([tensor.name] if tensor.name in exits else []) + computed), apply)
+    return _Chain(tensor.name, prefix, tuple(nodes.values()), tuple(n for n in exits if n != tensor.name),
+                  tensor.name in exits)
 
 
-def _identity(x: Floats) -> list[Floats]:
-    return [x]
-
-
-def _follows(graph: Graph, node: gs.Node, inside: dict[str, gs.Tensor]) -> bool:
+def _follows(graph: Graph, node: gs.Node, inside: Mapping[str, gs.Tensor]) -> bool:
     if node.op not in _ELEMENTWISE or node.domain not in (None, "", "ai.onnx") or len(node.outputs) != 1:
         return False
     for tensor in node.inputs:
@@ -82,23 +92,47 @@ def _follows(graph: Graph, node: gs.Node, inside: dict[str, gs.Tensor]) -> bool:
     return True
 
 
-def _session(graph: Graph, source: str, nodes: list[gs.Node], exits: list[str]):  # type: ignore[no-untyped-def]
-    constants = {t.name: graph.value(t) for n in nodes for t in n.inputs if graph.is_constant(t)}
-    scalars = [onnx.numpy_helper.from_array(_as_float32(np.asarray(v)), k) for k, v in constants.items()]
-    body = onnx.helper.make_graph(
-        [graph.export_node(n) for n in nodes], "aftermath",
-        [onnx.helper.make_tensor_value_info(source, onnx.TensorProto.FLOAT, ["n"])],
-        [onnx.ValueInfoProto(name=e) for e in exits], scalars,
-    )
-    opset = onnx.helper.make_opsetid("", graph.opset)
-    model = onnx.helper.make_model_gen_version(body, opset_imports=[opset], ir_version=8)
+def _run(graph: Graph, chains: Sequence[_Chain], points: Mapping[str, Floats]) -> dict[str, list[Floats]]:
+    if not chains:
+        return {}
+    body = onnx.GraphProto(name="follow")
+    for chain in chains:
+        _add(graph, body, chain)
+    model = onnx.helper.make_model_gen_version(
+        body, opset_imports=[onnx.helper.make_opsetid("", graph.opset)], ir_version=8)
     try:
-        return create_session(model.SerializeToString(), options=SessionOptions(threads=1))
-    except Exception:  # an operator this runtime lacks: the value is then judged by itself
-        return None
+        session = create_session(model.SerializeToString(), options=SessionOptions(threads=1))
+    except GraphError:
+        if len(chains) == 1:
+            return {}
+        return {k: v for chain in chains for k, v in _run(graph, [chain], points).items()}
+    feed = {c.prefix + c.source: points[c.source].astype(np.float32) for c in chains}
+    values = session.run(None, feed)
+    found: dict[str, list[Floats]] = {}
+    for chain in chains:
+        found[chain.source] = [np.asarray(values.pop(0), np.float64) for _ in chain.exits]
+    return found
 
 
-def _as_float32(value: np.ndarray) -> np.ndarray:
+def _add(graph: Graph, body: onnx.GraphProto, chain: _Chain) -> None:
+    """One chain's nodes and scalars under its prefix, so that chains through the same tensors do not collide."""
+    body.input.append(onnx.helper.make_tensor_value_info(chain.prefix + chain.source, onnx.TensorProto.FLOAT, [None]))
+    body.output.extend(onnx.ValueInfoProto(name=chain.prefix + e) for e in chain.exits)
+    added: set[str] = set()
+    order = {id(n): i for i, n in enumerate(graph.nodes)}
+    for node in sorted(chain.nodes, key=lambda n: order[id(n)]):
+        proto = graph.export_node(node)
+        for names in (proto.input, proto.output):
+            names[:] = [chain.prefix + n if n else "" for n in names]
+        body.node.append(proto)
+        for tensor in node.inputs:
+            if graph.is_constant(tensor) and tensor.name not in added:
+                added.add(tensor.name)
+                scalar = _as_float32(np.asarray(graph.value(tensor)))
+                body.initializer.append(onnx.numpy_helper.from_array(scalar, chain.prefix + tensor.name))
+
+
+def _as_float32(value: Array) -> Array:
     """A float16 graph's scalars, and one-element tensors, as what a float32 vector can meet."""
     scalar = value.reshape(())
     return scalar.astype(np.float32) if scalar.dtype in (np.float16, np.float64) else scalar

@@ -60,8 +60,10 @@ class Graph:
 
     def _note_defaults(self, names: Sequence[str]) -> None:
         if names:
-            self.notes.append(f"{len(names)} initializers were also graph inputs; they are constants now "
-                              f"(first: {names[0]})")
+            self.notes.append(
+                f"{len(names)} initializers were also graph inputs; they are constants now "
+                f"(first: {names[0]})"
+            )
 
     # ---- reading
 
@@ -87,7 +89,9 @@ class Graph:
         if name in self._input_tensors:
             return self._input_tensors[name]
         known = self._produced.get(name)
-        if known is None or not known.inputs:  # the index is not made yet, or the value's node was removed since
+        if (
+            known is None or not known.inputs
+        ):  # the index is not made yet, or the value's node was removed since
             self._produced = {t.name: t for n in self._nodes.values() for t in n.outputs if t.name}
         return self._produced[name]
 
@@ -143,8 +147,15 @@ class Graph:
         """A new value without producer; its name is made unique by a numeric suffix."""
         return gs.Variable(self._new_name(name, self._names))
 
-    def add_node(self, op: str, name: str, inputs: Sequence[gs.Tensor], outputs: Sequence[gs.Tensor],
-                 attrs: Mapping[str, object] | None = None, domain: str = "") -> gs.Node:
+    def add_node(
+        self,
+        op: str,
+        name: str,
+        inputs: Sequence[gs.Tensor],
+        outputs: Sequence[gs.Tensor],
+        attrs: Mapping[str, object] | None = None,
+        domain: str = "",
+    ) -> gs.Node:
         """A new node; its name is made unique by a numeric suffix, its place follows from its inputs."""
         unique = self._new_name(name, self._nodes)
         node = Node(op, unique, dict(attrs or {}), list(inputs), list(outputs), domain=domain or None)
@@ -174,8 +185,11 @@ class Graph:
         bare.CopyFrom(origin.proto)
         plain = {a.name: a for a in plain_attributes(origin.proto)}
         del bare.attribute[:]
-        bare.attribute.extend(a for a in origin.proto.attribute
-                              if a.name not in plain or (a.name in attrs and old[a.name] == attrs[a.name]))
+        bare.attribute.extend(
+            a
+            for a in origin.proto.attribute
+            if a.name not in plain or (a.name in attrs and old[a.name] == attrs[a.name])
+        )
         kept = {a.name for a in bare.attribute}
         bare.attribute.extend(onnx.helper.make_attribute(k, v) for k, v in attrs.items() if k not in kept)
         self._origins[node.name] = Origin(bare, origin.arity)
@@ -226,7 +240,9 @@ class Graph:
         weights = self._export_constants(proto.graph, read)
         if proto.graph.initializer:
             proto.ir_version = max(proto.ir_version, _IR_OF_FREE_INITIALIZERS)
-        return Model(proto, weights, self.model.path, proto.ByteSize() + sum(w.nbytes for w in weights.values()))
+        return Model(
+            proto, weights, self.model.path, proto.ByteSize() + sum(w.nbytes for w in weights.values())
+        )
 
     def export_node(self, node: gs.Node) -> onnx.NodeProto:
         """The node as it will stand in the file."""
@@ -235,7 +251,9 @@ class Graph:
     def _export_constants(self, graph: onnx.GraphProto, read: Collection[str]) -> dict[str, Array]:
         """Write the constants that nodes or graph outputs read: first those of the file in its order, then new ones."""
         weights: dict[str, Array] = {}
-        first = [t.name for t in self.model.proto.graph.initializer if t.name in read or t.name in self.outputs]
+        first = [
+            t.name for t in self.model.proto.graph.initializer if t.name in read or t.name in self.outputs
+        ]
         for name in dict.fromkeys([*first, *read]):
             values = self.weights.get(name)
             if name in self._protos:

@@ -12,22 +12,27 @@ from onnxslim_ptq.graph.convert import subgraphs
 
 __all__ = ["lowest_ir"]
 
-_FREE_INITIALIZERS, _SPARSE, _TRAINING, _FUNCTIONS, _FLOAT8, _METADATA, _FLOAT4, _TINY_INT = 4, 6, 7, 8, 9, 10, 11, 13
-_TYPES = {
-    **dict.fromkeys(("FLOAT8E4M3FN", "FLOAT8E4M3FNUZ", "FLOAT8E5M2", "FLOAT8E5M2FNUZ"), _FLOAT8),
-    **dict.fromkeys(("INT4", "UINT4"), _METADATA),
-    "FLOAT4E2M1": _FLOAT4,
-    "FLOAT8E8M0": 12,
-    **dict.fromkeys(("INT2", "UINT2"), _TINY_INT),
+_FREE_INITIALIZERS, _ANNOTATIONS, _SPARSE, _TRAINING, _FUNCTIONS, _METADATA, _DEVICES = 4, 5, 6, 7, 8, 10, 11
+_IR_OF_TYPES = {
+    4: ("BFLOAT16",),
+    9: ("FLOAT8E4M3FN", "FLOAT8E4M3FNUZ", "FLOAT8E5M2", "FLOAT8E5M2FNUZ"),
+    10: ("INT4", "UINT4"),
+    11: ("FLOAT4E2M1",),
+    12: ("FLOAT8E8M0",),
+    13: ("INT2", "UINT2"),
+    14: ("FLOAT6E2M3", "FLOAT6E3M2"),
 }
-_BY_NUMBER = {TensorProto.DataType.Value(n): ir for n, ir in _TYPES.items() if n in TensorProto.DataType.keys()}  # noqa: SIM118
+_KNOWN = dict(TensorProto.DataType.items())
+_IR_OF_TYPE = {_KNOWN[name]: ir for ir, names in _IR_OF_TYPES.items() for name in names if name in _KNOWN}
 
 
 def lowest_ir(model: onnx.ModelProto) -> int:
-    """The lowest IR version with every opset and feature of ``model``; at most its own unless that was too low.
+    """The lowest IR version with every opset and feature of ``model``; above its own only where that was too low.
 
-    Opsets: the release that brought them. Features: initializers that are no inputs 4, sparse tensors 6, training 7,
-    functions 8, float8 9, node metadata and int4 10, float4 and multi-device 11, float8e8m0 12, int2 13.
+    Opsets: the release that brought them. Features: initializers that are no inputs 4, quantization annotations 5,
+    sparse tensors 6, training 7, functions 8, float8 9, int4 10, float4 11, float8e8m0 12, int2 13, float6 14. Metadata
+    of nodes and graphs (10) and device placements (11) keep the model's IR from sinking but never raise it: older
+    runtimes pass over them.
     """
     needed = onnx.helper.find_min_ir_version_for(list(model.opset_import), ignore_unknown=True)
     return max([needed, *_features(model)])
@@ -42,21 +47,25 @@ def _features(model: onnx.ModelProto) -> Iterator[int]:
         yield _TRAINING
     if model.functions:
         yield _FUNCTIONS
-    if model.metadata_props and model.ir_version >= _METADATA:
-        yield 1  # of the model itself: always there
     graphs = list(_graphs(graph))
     nodes = [n for g in graphs for n in g.node] + [n for f in model.functions for n in _nodes(f.node)]
     if any(g.sparse_initializer for g in graphs):
         yield _SPARSE
     if any(m.metadata_props for m in (*graphs, *nodes, *model.functions)) or any(n.overload for n in nodes):
-        yield _METADATA
+        yield min(_METADATA, model.ir_version)
     if any(getattr(n, "device_configurations", ()) for n in nodes):
-        yield _FLOAT4
-    if any(a.type in (AttributeProto.SPARSE_TENSOR, AttributeProto.SPARSE_TENSORS) for n in nodes for a in n.attribute):
+        yield min(_DEVICES, model.ir_version)
+    if graph.quantization_annotation:
+        yield _ANNOTATIONS
+    if any(
+        a.type in (AttributeProto.SPARSE_TENSOR, AttributeProto.SPARSE_TENSORS)
+        for n in nodes
+        for a in n.attribute
+    ):
         yield _SPARSE
     types = {t.data_type for t in (*graph.initializer, *nested_tensors(model))}
     types |= {v.type.tensor_type.elem_type for g in graphs for v in (*g.input, *g.output, *g.value_info)}
-    yield from (_BY_NUMBER[t] for t in types if t in _BY_NUMBER)
+    yield from (_IR_OF_TYPE[t] for t in types if t in _IR_OF_TYPE)
 
 
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:

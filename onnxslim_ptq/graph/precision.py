@@ -11,16 +11,39 @@ from onnxslim_ptq.graph.convert import subgraphs
 
 __all__ = ["already_quantized", "is_quantization"]
 
-_OPERATORS = frozenset({
-    "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger",
-    # ONNX Runtime, domain com.microsoft; any domain counts, because vendors reuse the names
-    "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM", "QAttention", "QEmbedLayerNormalization",
-    "QGemm", "QMoE", "QOrderedMatMul", "QuantizeWithOrder", "DequantizeWithOrder", "MatMulNBits", "MatMulBnb4",
-    "GatherBlockQuantized", "QuantizeBFP", "DequantizeBFP",
-    # Ascend and OpenVINO
-    "AscendQuant", "AscendDequant", "AscendAntiQuant", "AscendRequant", "AscendRequantS16", "NPUAscendQuantV2",
-    "FakeQuantize",
-})
+_OPERATORS = frozenset(
+    {
+        "QuantizeLinear",
+        "DequantizeLinear",
+        "DynamicQuantizeLinear",
+        "ConvInteger",
+        "MatMulInteger",
+        # ONNX Runtime, domain com.microsoft; any domain counts, because vendors reuse the names
+        "MatMulIntegerToFloat",
+        "DynamicQuantizeMatMul",
+        "DynamicQuantizeLSTM",
+        "QAttention",
+        "QEmbedLayerNormalization",
+        "QGemm",
+        "QMoE",
+        "QOrderedMatMul",
+        "QuantizeWithOrder",
+        "DequantizeWithOrder",
+        "MatMulNBits",
+        "MatMulBnb4",
+        "GatherBlockQuantized",
+        "QuantizeBFP",
+        "DequantizeBFP",
+        # Ascend and OpenVINO
+        "AscendQuant",
+        "AscendDequant",
+        "AscendAntiQuant",
+        "AscendRequant",
+        "AscendRequantS16",
+        "NPUAscendQuantV2",
+        "FakeQuantize",
+    }
+)
 _PREFIXES = ("QLinear", "QOrdered")
 
 
@@ -36,7 +59,9 @@ def already_quantized(model: Model) -> list[str]:
     """
     found = [_label(n) for n in _all_nodes(model.proto.graph.node) if is_quantization(n.op_type)]
     for function in model.proto.functions:
-        found += [f"{function.name}/{_label(n)}" for n in _all_nodes(function.node) if is_quantization(n.op_type)]
+        found += [
+            f"{function.name}/{_label(n)}" for n in _all_nodes(function.node) if is_quantization(n.op_type)
+        ]
     return found
 
 

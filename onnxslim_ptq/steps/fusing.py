@@ -11,6 +11,7 @@ from onnxslim_ptq.core.dtypes import INT8
 from onnxslim_ptq.core.spec import BiasCodes, PerChannel, QParams, QuantPlan, Result, Use, WeightCodes
 from onnxslim_ptq.export.fusion import stored_weight, unfused_weights
 from onnxslim_ptq.export.qdq import render_qdq
+from onnxslim_ptq.graph.edit import own_constant
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.linears import Linear
 from onnxslim_ptq.steps.placement import Placement, place
@@ -58,7 +59,10 @@ def unfused_layers(workspace: Workspace, plan: QuantPlan) -> set[str]:
 
 
 def leave_float(plan: QuantPlan, graph: Graph, name: str) -> None:
-    """Take one layer out of ``plan``: its weight, bias and input, and its output when nobody else needs that quantized."""
+    """Take one layer out of ``plan``: its weight, bias and input, and its output when nobody else needs that quantized.
+
+    The correction that its bias got for the sake of rounded weights is taken back.
+    """
     for sites in (plan.activations, plan.weights, plan.biases):
         for site in [s for s in sites if isinstance(s, Use) and s.node == name]:
             del sites[site]  # type: ignore[attr-defined]
@@ -67,6 +71,9 @@ def leave_float(plan: QuantPlan, graph: Graph, name: str) -> None:
     outputs |= {o.name for t in graph.node(name).outputs for n in graph.consumers(t) for o in n.outputs}
     for site in [s for s in plan.activations if isinstance(s, Result) and s.tensor in outputs - read]:
         del plan.activations[site]
+    if name in plan.uncorrected:
+        node, port, values = plan.uncorrected.pop(name)
+        own_constant(graph, graph.node(node), port, values)
     plan.skipped[name] = NOT_FUSED
 
 

@@ -11,18 +11,16 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from calib.errors import CalibrationError
 from calib.ranges import MinMax, Mse
 from calib.ranges.grid import range_from
 from calib.stats import HistogramStats, RowStats
 from calib.stats.rows import Patch
 from calib.types import Probe, Range, Stats
 from onnxslim_ptq.core.qmath import fake_quantize, params_from_range
-from onnxslim_ptq.graph.elementwise import aftermath
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.linears import Linear
 from onnxslim_ptq.steps.placement import PlacedTensor
-from onnxslim_ptq.steps.ranges import after_range, grid_of
+from onnxslim_ptq.steps.ranges import after_ranges, grid_of, range_probe, require_values
 
 __all__ = ["output_probes", "output_range"]
 
@@ -62,22 +60,21 @@ def output_range(graph: Graph, placed: PlacedTensor, stats: Mapping[Probe, Stats
 
     A tensor without readers (quantized for its producer) is judged by what its activation function makes of it.
     """
-    histogram = stats[Probe(placed.tensor, "histogram")]
+    histogram = stats[range_probe(placed.tensor, "histogram")]
     assert isinstance(histogram, HistogramStats)
-    if histogram.extent.count == 0:
-        raise CalibrationError(f"tensor '{placed.tensor}': no finite value was seen; give samples that reach it")
+    require_values(placed, histogram)
     grid = grid_of(placed.spec)
     full = MinMax().range_of({"histogram": histogram}, grid)
     readers = [r for r in placed.readers if _rows_fit(graph, r)]
     if not readers:
-        values, counts = histogram.values_and_counts()
-        after = aftermath(graph, graph.tensor(placed.tensor))
-        return after_range(values, counts, after, full, placed.spec, 1.0)
+        return after_ranges(graph, {"it": placed}, {"it": histogram}, 1.0)["it"]
     terms = []
     for layer in readers:
         rows = stats[_row_probe(placed, graph, layer)]
         assert isinstance(rows, RowStats)
-        terms.append(_Term(graph, layer, rows.rows))
+        finite = rows.rows[np.isfinite(rows.rows).all(axis=1)]
+        if len(finite):
+            terms.append(_Term(graph, layer, finite))
 
     def cost(rng: Range) -> float:
         params = params_from_range(rng, placed.spec)

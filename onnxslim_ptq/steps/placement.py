@@ -20,7 +20,8 @@ __all__ = ["PlacedTensor", "Placement", "place"]
 
 @dataclass
 class PlacedTensor:
-    """A value to be quantized once: ``readers`` are the layers that multiply it with a weight.
+    """A value to be quantized once: ``readers`` are the layers that multiply it with a weight, ``producers`` those
+    that make it, perhaps through an activation function.
 
     ``at_result``: quantized where it is produced, for every reader, because the producing layer's integer kernel needs
     a quantized output.
@@ -31,25 +32,32 @@ class PlacedTensor:
     spec: QuantSpec
     choice: LayerChoice
     readers: list[Linear] = field(default_factory=list)
+    producers: list[Linear] = field(default_factory=list)
     at_result: bool = False
 
 
 @dataclass
 class Placement:
-    """The layers that will be quantized with their choices, the values that need a range, and who stays float."""
+    """The layers that will be quantized with their choices, the values that need a range, and who stays float.
+
+    ``output_q`` names the layers whose output is quantized although the target does not ask for it.
+    """
 
     layers: dict[str, tuple[Linear, LayerChoice]] = field(default_factory=dict)
     tensors: dict[str, PlacedTensor] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    output_q: frozenset[str] = frozenset()
+    notes: list[str] = field(default_factory=list)
 
     def plan(self, target: Target) -> QuantPlan:
         """The plan with all its slots; numbers and codes are still missing."""
-        plan = QuantPlan(skipped=dict(self.skipped))
+        plan = QuantPlan(skipped=dict(self.skipped), notes=list(self.notes))
+        produced = {placed.tensor: placed.params for placed in self.tensors.values() if placed.at_result}
         for placed in self.tensors.values():
             if placed.at_result:
                 plan.activations[Result(placed.tensor)] = Slot(placed.spec, placed.params)
         for layer, choice in self.layers.values():
-            params = activation_params(layer, choice)
+            params = produced.get(layer.activation_name) or activation_params(layer, choice)
             plan.activations[Use(layer.node, layer.activation)] = Slot(self.tensors[params].spec, params)
             plan.weights[Use(layer.node, layer.weight)] = Slot(weight_spec(layer, choice, target), weight_params(layer, choice))
             if layer.bias is not None and target.bias is BiasForm.INT32:
@@ -76,7 +84,7 @@ def place(graph: Graph, layers: Mapping[str, tuple[Linear, LayerChoice]], target
           output_q: frozenset[str] = frozenset(), floats: Mapping[str, str] = {}) -> Placement:
     """Sites for every layer; ``output_q`` names further layers whose output is quantized, ``floats`` maps layers that
     were found to be better left float to the reason."""
-    placement = Placement(skipped=dict(floats))
+    placement = Placement(skipped=dict(floats), output_q=output_q)
     for name, (layer, choice) in layers.items():
         if name in floats:
             continue
@@ -95,14 +103,22 @@ def place(graph: Graph, layers: Mapping[str, tuple[Linear, LayerChoice]], target
 
 
 def _quantize_output(graph: Graph, placement: Placement, layer: Linear, choice: LayerChoice) -> None:
+    """One Q at the value: it is then quantized for every reader, so a reader that wants other numbers shares these."""
     tensor = _after_activation(graph, graph.node(layer.node), choice)
-    existing = next((p for p in placement.tensors.values() if p.tensor == tensor.name), None)
-    if existing is not None:
-        existing.at_result = True
+    existing = [p for p in placement.tensors.values() if p.tensor == tensor.name]
+    if existing:
+        kept, *others = existing
+        kept.at_result = True
+        kept.producers.append(layer)
+        for other in others:
+            kept.readers += other.readers
+            del placement.tensors[other.params]
+            placement.notes += [f"{reader.node}: its input '{tensor.name}' is quantized where {layer.node} makes it, with "
+                                f"the range of {kept.readers[0].node}" for reader in other.readers]
         return
     spec = QuantSpec(choice.activation, PerTensor(), choice.symmetric)
     key = f"{tensor.name}@{choice.activation}{'s' if choice.symmetric else ''}@{choice.range_name}"
-    placement.tensors[key] = PlacedTensor(key, tensor.name, spec, choice, at_result=True)
+    placement.tensors[key] = PlacedTensor(key, tensor.name, spec, choice, producers=[layer], at_result=True)
 
 
 def _after_activation(graph: Graph, node: gs.Node, choice: LayerChoice) -> gs.Tensor:

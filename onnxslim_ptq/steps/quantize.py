@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import product
 
 import numpy as np
@@ -13,10 +13,9 @@ from calib.types import Probe, Range, Stats
 from onnxslim_ptq.core.choice import AUTO, OUTPUT_MSE
 from onnxslim_ptq.core.qmath import params_from_range
 from onnxslim_ptq.core.spec import QParams, QuantPlan
-from onnxslim_ptq.graph.elementwise import aftermath
 from onnxslim_ptq.steps.output_range import output_probes, output_range
 from onnxslim_ptq.steps.placement import Placement
-from onnxslim_ptq.steps.ranges import candidates, fixed_range, range_probes
+from onnxslim_ptq.steps.ranges import after_ranges, candidates, fixed_range, range_probe, range_probes
 from onnxslim_ptq.steps.weights import add_bias_codes, add_weight_codes, correct_biases, mean_probe
 from onnxslim_ptq.workspace import Workspace
 
@@ -24,8 +23,8 @@ __all__ = ["apply", "probes"]
 
 # What `auto` tries, for values that layers read and for values quantized for the sake of their producer alone.
 _FOR_READERS = ("minmax", "mse")
-_FOR_PRODUCERS = ("minmax", "after16", "after", "mse")
-_JUDGED_ELEMENTS = 4e8  # tensor elements that judging one candidate may touch: bounds time, not clock-dependent
+_FOR_PRODUCERS = ("minmax", "after16", "after")
+_JUDGED_ELEMENTS = 3e7  # tensor elements that judging one candidate may touch
 _FEWEST, _MOST = 4, 32
 
 
@@ -44,7 +43,7 @@ def apply(workspace: Workspace, placement: Placement, stats: Mapping[Probe, Stat
     layers = {name: layer for name, (layer, _) in placement.layers.items()}
     add_weight_codes(workspace.graph, plan, layers, workspace.reduce_range)
     corrected = [layer for layer, choice in placement.layers.values() if choice.bias_correction]
-    means = {p.tensor: s for p, s in stats.items() if isinstance(s, MeanStats)}
+    means = {p: s for p, s in stats.items() if isinstance(s, MeanStats)}
     plain = workspace.model()
     if correct_biases(workspace.graph, plan, corrected, means):
         workspace.changed()
@@ -63,25 +62,36 @@ def _numbers(placement: Placement, ranges: Ranges) -> dict[str, QParams]:
 
 def _ranges(workspace: Workspace, placement: Placement, plan: QuantPlan, stats: Mapping[Probe, Stats],
             plain: Model) -> Ranges:
-    fixed: Ranges = {}
-    searched: dict[str, dict[str, Range]] = {}
+    ranges: Ranges = {}
+    searched: dict[str, HistogramStats] = {}
     for key, placed in placement.tensors.items():
         if placed.choice.range == OUTPUT_MSE:
-            fixed[key] = (output_range(workspace.graph, placed, stats), OUTPUT_MSE)
+            ranges[key] = (output_range(workspace.graph, placed, stats), OUTPUT_MSE)
         elif placed.choice.range == AUTO:
-            histogram = stats[Probe(placed.tensor, "histogram")]
+            histogram = stats[range_probe(placed.tensor, "histogram")]
             assert isinstance(histogram, HistogramStats)
-            after = aftermath(workspace.graph, workspace.graph.tensor(placed.tensor))
-            searched[key] = candidates(placed, histogram, after)
+            searched[key] = histogram
         else:
-            fixed[key] = (fixed_range(placed, stats), placed.choice.range_name)
+            ranges[key] = (fixed_range(placed, stats), placed.choice.range_name)
     if searched:
-        fixed |= _best_assignment(workspace, placement, plan, fixed, searched, plain, _judged_samples(stats, len(workspace.calibration)))
-    return {key: fixed[key] for key in placement.tensors}
+        found = _candidates(workspace, placement, searched)
+        samples = _judged_samples(searched.values(), len(workspace.calibration))
+        ranges |= _best_assignment(workspace, placement, plan, ranges, found, plain, samples)
+    return {key: ranges[key] for key in placement.tensors}
+
+
+def _candidates(workspace: Workspace, placement: Placement,
+                histograms: Mapping[str, HistogramStats]) -> dict[str, dict[str, Range]]:
+    found = {key: candidates(placement.tensors[key], h) for key, h in histograms.items()}
+    alone = {key: placement.tensors[key] for key in histograms if not placement.tensors[key].readers}
+    for name, weight in (("after", 1.0), ("after16", 16.0)):
+        for key, rng in after_ranges(workspace.graph, alone, histograms, weight).items():
+            found[key][name] = rng
+    return found
 
 
 def _best_assignment(workspace: Workspace, placement: Placement, plan: QuantPlan, fixed: Ranges,
-                     searched: dict[str, dict[str, Range]], plain: Model, samples: int) -> Ranges:
+                     searched: Mapping[str, Mapping[str, Range]], plain: Model, samples: int) -> Ranges:
     """Of the same method for all tensors of a role, the pair of methods with the smallest output error."""
     judge = workspace.judge(plan, samples, plain)
     best: tuple[float, Ranges] | None = None
@@ -101,8 +111,7 @@ def _best_assignment(workspace: Workspace, placement: Placement, plan: QuantPlan
     return best[1]
 
 
-def _judged_samples(stats: Mapping[Probe, Stats], samples: int) -> int:
+def _judged_samples(histograms: Iterable[HistogramStats], samples: int) -> int:
     """How many samples a candidate is judged on: fewer for larger models, by counted elements, never by the clock."""
-    seen = sum(s.extent.count for s in stats.values() if isinstance(s, HistogramStats))
-    per_sample = max(seen / max(samples, 1), 1.0)
-    return int(np.clip(_JUDGED_ELEMENTS / per_sample, _FEWEST, _MOST))
+    per_sample = sum(h.extent.count for h in histograms) / max(samples, 1)
+    return int(np.clip(_JUDGED_ELEMENTS / max(per_sample, 1.0), _FEWEST, _MOST))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -44,7 +46,7 @@ def mean_probe(layer: Linear) -> Probe:
     return Probe(layer.activation_name, "mean", 1 if layer.op in ("Conv", "ConvTranspose") else -1)
 
 
-def correct_biases(graph: Graph, plan: QuantPlan, layers: list[Linear], means: dict[str, MeanStats]) -> int:
+def correct_biases(graph: Graph, plan: QuantPlan, layers: list[Linear], means: Mapping[Probe, MeanStats]) -> int:
     """Take the mean error of rounded weights out of each layer: b += (W - W_hat) E[x]; returns how many layers changed.
 
     Where a layer has no bias: a Conv is given one, a MatMul's correction goes into the constant Add behind it, and a
@@ -57,9 +59,12 @@ def correct_biases(graph: Graph, plan: QuantPlan, layers: list[Linear], means: d
         weight = float_weight(graph, layer)
         codes = plan.weight_codes[slot.params]
         error = weight.astype(np.float64) - dequantize(codes.codes, codes.params)
-        shift = _through(layer, graph, error, means[layer.activation_name].mean)
+        seen = means[mean_probe(layer)]
+        if seen.count == 0:
+            continue  # whoever looks for the tensor's range tells that nothing finite was seen
+        shift = _through(layer, graph, error, seen.mean)
         if shift is not None and np.isfinite(shift).all() and shift.any():
-            changed += _add_to_bias(graph, layer, shift, weight.ndim)
+            changed += _add_to_bias(graph, plan, layer, shift)
     return changed
 
 
@@ -77,18 +82,19 @@ def _through(layer: Linear, graph: Graph, error: Floats, mean: Floats) -> Floats
     return None
 
 
-def _add_to_bias(graph: Graph, layer: Linear, shift: Floats, ndim: int) -> int:
+def _add_to_bias(graph: Graph, plan: QuantPlan, layer: Linear, shift: Floats) -> int:
     node = graph.node(layer.node)
     if layer.op == "MatMul":
-        return _add_to_following(graph, layer, shift)
+        return _add_to_following(graph, plan, layer, shift)
     old = graph.value(node.inputs[2]) if layer.bias is not None else None
-    dtype = graph.value(node.inputs[1]).dtype  # type: ignore[union-attr]
-    base = np.zeros(shift.size) if old is None else np.asarray(old, np.float64)
-    own_constant(graph, node, 2, np.asarray(base + shift, dtype))
+    if old is None:
+        old = np.zeros(shift.size, graph.value(node.inputs[1]).dtype)  # type: ignore[union-attr]
+    plan.uncorrected.setdefault(layer.node, (node.name, 2, old))
+    own_constant(graph, node, 2, np.asarray(old.astype(np.float64) + shift, old.dtype))
     return 1
 
 
-def _add_to_following(graph: Graph, layer: Linear, shift: Floats) -> int:
+def _add_to_following(graph: Graph, plan: QuantPlan, layer: Linear, shift: Floats) -> int:
     output = graph.node(layer.node).outputs[0]
     add = graph.sole_consumer(output)
     if add is None or add.op != "Add":
@@ -97,24 +103,38 @@ def _add_to_following(graph: Graph, layer: Linear, shift: Floats) -> int:
     old = graph.value(add.inputs[port])
     if old is None or old.shape != shift.shape or per_channel_values(old, shift.size, 1, 0) is None:
         return 0
+    plan.uncorrected.setdefault(layer.node, (add.name, port, old))
     own_constant(graph, add, port, np.asarray(old.astype(np.float64) + shift, old.dtype))
     return 1
 
 
 def add_bias_codes(graph: Graph, plan: QuantPlan, layers: dict[str, Linear]) -> None:
     """int32 biases with scale s_x * s_w; a channel whose bias would leave int32 gets a larger weight scale instead."""
+    biases = {use: np.asarray(graph.value(graph.node(use.node).inputs[use.port]), np.float64) for use in plan.biases}
+    # Layers that share a weight share its scales too, so all of them must have room before the first code is made.
+    least: dict[str, Floats] = {}
+    for use, bias in biases.items():
+        activation, weight = _slots(plan, layers[use.node])
+        wanted = np.abs(bias) / (float(plan.params[activation.params].scale) * _BIAS_ROOM)
+        least[weight.params] = np.maximum(wanted, least.get(weight.params, 0.0))
+    for use in plan.biases:
+        weight = _slots(plan, layers[use.node])[1]
+        if weight.params in least:
+            _make_room(graph, plan, layers[use.node], weight, least.pop(weight.params))
     for use, slot in plan.biases.items():
-        layer = layers[use.node]
-        bias = np.asarray(graph.value(graph.node(use.node).inputs[use.port]), np.float64)
-        activation = plan.activations[Use(layer.node, layer.activation)]
-        weight = plan.weights[Use(layer.node, layer.weight)]
+        bias = biases[use]
+        activation, weight = _slots(plan, layers[use.node])
         s_x = float(plan.params[activation.params].scale)
-        _make_room(graph, plan, layer, weight, np.abs(bias) / (s_x * _BIAS_ROOM))
         scale = np.broadcast_to(s_x * plan.weight_codes[weight.params].params.scale, bias.shape)
         scale = np.asarray(np.asarray(scale, np.float32), np.float64)  # what the file will hold
         codes, clipped = quantize_bias(bias, scale)
         plan.bias_codes[slot.params] = BiasCodes(codes, scale, activation.params, weight.params, clipped,
                                                  graph.node(use.node).inputs[use.port].name)
+
+
+def _slots(plan: QuantPlan, layer: Linear) -> tuple[Slot, Slot]:
+    """The slots of the layer's activation and weight."""
+    return plan.activations[Use(layer.node, layer.activation)], plan.weights[Use(layer.node, layer.weight)]
 
 
 def _make_room(graph: Graph, plan: QuantPlan, layer: Linear, slot: Slot, least: Floats) -> None:
@@ -135,6 +155,7 @@ def _make_room(graph: Graph, plan: QuantPlan, layer: Linear, slot: Slot, least: 
         return
     params = QParams(old.params.spec, raised, np.zeros(raised.shape, np.int64))
     plan.weight_codes[slot.params] = WeightCodes(quantize(weight, params), params, old.rounder, old.name)
-    plan.notes.append(f"{layer.node}: {int((raised > old.params.scale).sum())} weight scales raised so that the bias fits int32")
+    if count := int((raised > old.params.scale).sum()):
+        plan.notes.append(f"{layer.node}: {count} weight scales raised so that the bias fits int32")
 
 

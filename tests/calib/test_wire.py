@@ -139,7 +139,9 @@ class TestGarbage:
             assert len(skeleton.data) <= end + 100  # cut between two fields of the model: nothing invented
 
     @settings(max_examples=300, deadline=None)
-    @given(st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=6), st.data())
+    @given(
+        st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=6), st.data()
+    )
     def test_mutated_files_open_or_raise_graph_error(
         self, tmp_path_factory: pytest.TempPathFactory, flips: list[tuple[int, int]], draw: st.DataObject
     ) -> None:

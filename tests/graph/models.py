@@ -17,11 +17,17 @@ from onnxslim_ptq.graph.graph import Graph
 __all__ = ["embedded", "feed_for", "graph_of", "model_of", "parse", "run", "same_outputs"]
 
 
-def parse(body: str, weights: Mapping[str, Array] | None = None, opset: int = 17, ir: int = 8) -> onnx.ModelProto:
+def parse(
+    body: str, weights: Mapping[str, Array] | None = None, opset: int = 17, ir: int = 8
+) -> onnx.ModelProto:
     """``name (inputs) => (outputs) { ... }`` as a ModelProto with ``weights`` as initializers."""
-    domains = ", ".join([f'"" : {opset}', *(f'"{d}" : 1' for d in ("local", "com.microsoft") if f"{d}." in body)])
+    domains = ", ".join(
+        [f'"" : {opset}', *(f'"{d}" : 1' for d in ("local", "com.microsoft") if f"{d}." in body)]
+    )
     proto = onnx.parser.parse_model(f"<ir_version: {ir}, opset_import: [{domains}]> {body}")
-    proto.graph.initializer.extend(numpy_helper.from_array(np.asarray(v), k) for k, v in (weights or {}).items())
+    proto.graph.initializer.extend(
+        numpy_helper.from_array(np.asarray(v), k) for k, v in (weights or {}).items()
+    )
     return proto
 
 
@@ -38,7 +44,9 @@ def embedded(model: Model) -> onnx.ModelProto:
     proto = onnx.ModelProto.FromString(model.proto.SerializeToString())
     for tensor in proto.graph.initializer:
         if tensor.name in model.weights:
-            tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(model.weights[tensor.name]), tensor.name))
+            tensor.CopyFrom(
+                numpy_helper.from_array(np.ascontiguousarray(model.weights[tensor.name]), tensor.name)
+            )
     return proto
 
 
@@ -54,7 +62,9 @@ def run(model: Model | onnx.ModelProto, feed: Feed, optimize: bool = False) -> l
     return result
 
 
-def feed_for(proto: onnx.ModelProto, seed: int = 0, sizes: Mapping[str, int] | None = None) -> dict[str, Array]:
+def feed_for(
+    proto: onnx.ModelProto, seed: int = 0, sizes: Mapping[str, int] | None = None
+) -> dict[str, Array]:
     """Random values for every input; a dynamic dimension is 3 or its entry in ``sizes``."""
     rng = np.random.default_rng(seed)
     known = {t.name for t in proto.graph.initializer}
@@ -74,8 +84,14 @@ def feed_for(proto: onnx.ModelProto, seed: int = 0, sizes: Mapping[str, int] | N
     return feed
 
 
-def same_outputs(before: Model | onnx.ModelProto, after: Model | onnx.ModelProto, *, rtol: float = 1e-5,
-                 atol: float = 1e-6, feeds: Sequence[Feed] | None = None) -> None:
+def same_outputs(
+    before: Model | onnx.ModelProto,
+    after: Model | onnx.ModelProto,
+    *,
+    rtol: float = 1e-5,
+    atol: float = 1e-6,
+    feeds: Sequence[Feed] | None = None,
+) -> None:
     """Fail unless both models give the same outputs for random inputs."""
     proto = before.proto if isinstance(before, Model) else before
     for feed in feeds or [feed_for(proto, seed) for seed in (0, 1)]:

@@ -20,8 +20,11 @@ def fold_affine(graph: Graph) -> int:
     """Fold every such node that alone reads a layer's output; returns how many."""
     if graph.opset < _FIRST_OPSET:
         return 0
-    return sum(_fold(graph, node) for node in graph.nodes
-               if node.op in ("Mul", "Add", "Sub", "Div") and is_standard(node))
+    return sum(
+        _fold(graph, node)
+        for node in graph.nodes
+        if node.op in ("Mul", "Add", "Sub", "Div") and is_standard(node)
+    )
 
 
 def _fold(graph: Graph, node: gs.Node) -> bool:

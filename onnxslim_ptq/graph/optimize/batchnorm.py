@@ -21,7 +21,9 @@ def fold_batchnorm(graph: Graph) -> int:
     """Fold every inference-mode BatchNormalization that alone reads a layer's output; returns how many."""
     if graph.opset < _FIRST_OPSET:
         return 0
-    return sum(_fold(graph, node) for node in graph.nodes if node.op == "BatchNormalization" and is_standard(node))
+    return sum(
+        _fold(graph, node) for node in graph.nodes if node.op == "BatchNormalization" and is_standard(node)
+    )
 
 
 def _fold(graph: Graph, node: gs.Node) -> bool:

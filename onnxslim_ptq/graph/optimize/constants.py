@@ -18,8 +18,20 @@ from onnxslim_ptq.graph.linears import LINEAR_OPS
 __all__ = ["fold_constants"]
 
 _BROADCASTING = frozenset({"Mul", "Div", "Add", "Sub"})
-_FOLDABLE = _BROADCASTING | {"Identity", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Cast", "Neg",
-                             "Sqrt", "Reciprocal", "Slice", "Concat"}
+_FOLDABLE = _BROADCASTING | {
+    "Identity",
+    "Transpose",
+    "Reshape",
+    "Squeeze",
+    "Unsqueeze",
+    "Flatten",
+    "Cast",
+    "Neg",
+    "Sqrt",
+    "Reciprocal",
+    "Slice",
+    "Concat",
+}
 _SMALL = 1 << 16  # bytes up to which a result is folded wherever it is used
 _LARGEST = 1 << 31
 _GROWTH = 4  # a few bytes of hostile model must not become gigabytes: results stay below this times the model
@@ -80,13 +92,19 @@ def _largest_result(node: gs.Node, inputs: list[Array]) -> int:
 
 def _evaluate(graph: Graph, node: gs.Node, inputs: dict[str, Array]) -> Array | None:
     """The node's value by the ONNX reference evaluator, or None when that cannot tell what a runtime would give."""
-    if any(v.dtype.kind not in "fiub" for v in inputs.values()) or not _is_well_defined(node, list(inputs.values())):
+    if any(v.dtype.kind not in "fiub" for v in inputs.values()) or not _is_well_defined(
+        node, list(inputs.values())
+    ):
         return None
-    infos = [onnx.helper.make_tensor_value_info(n, onnx.helper.np_dtype_to_tensor_dtype(v.dtype), v.shape)
-             for n, v in inputs.items()]
+    infos = [
+        onnx.helper.make_tensor_value_info(n, onnx.helper.np_dtype_to_tensor_dtype(v.dtype), v.shape)
+        for n, v in inputs.items()
+    ]
     result = onnx.ValueInfoProto(name=node.outputs[0].name)
     body = onnx.helper.make_graph([graph.export_node(node)], "fold", infos, [result])
-    model = onnx.helper.make_model_gen_version(body, opset_imports=[onnx.helper.make_opsetid("", graph.opset)])
+    model = onnx.helper.make_model_gen_version(
+        body, opset_imports=[onnx.helper.make_opsetid("", graph.opset)]
+    )
     try:
         with np.errstate(all="ignore"):
             results: list[Array] = ReferenceEvaluator(model).run(None, inputs)  # type: ignore[assignment]

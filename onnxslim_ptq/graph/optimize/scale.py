@@ -56,7 +56,9 @@ def scale_layer(graph: Graph, layer: gs.Node, factor: Floats, shift: Floats) -> 
         new_bias = (np.zeros(factor.size) if bias is None else np.asarray(bias, np.float64)) * factor + shift
         narrow = np.asarray(scaled, weight.dtype), np.asarray(new_bias, weight.dtype)
     # A scaled weight that only denormals can hold has lost its digits (float16 reaches that soon).
-    lost = (np.abs(narrow[0]) < np.finfo(np.dtype(weight.dtype.name)).tiny) & (np.abs(weight) * np.abs(along) > 0)
+    lost = (np.abs(narrow[0]) < np.finfo(np.dtype(weight.dtype.name)).tiny) & (
+        np.abs(weight) * np.abs(along) > 0
+    )
     if not all(np.isfinite(values).all() for values in narrow) or lost.mean() > _LOST:
         return False
     own_constant(graph, layer, 1, narrow[0])

@@ -1,0 +1,164 @@
+"""``compare FLOAT QUANT``: how far a quantized model is from its float model, layer by layer, and how fast."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from onnxslim_ptq.commands.console import Bars, columns, db, emit_json, say, warn
+from onnxslim_ptq.commands.options import Calib, Json, Samples, Stacked, Threads, Verbose
+from onnxslim_ptq.errors import QuantizationError
+
+if TYPE_CHECKING:
+    from calib.types import Dataset, InputInfo
+    from onnxslim_ptq.analysis.compare import Comparison, LayerError
+
+__all__ = ["compare"]
+
+_FEW = 10
+Float = Annotated[Path, typer.Argument(metavar="FLOAT", show_default=False, help="The float model.")]
+Quant = Annotated[
+    Path, typer.Argument(metavar="QUANT", show_default=False, help="The same model, quantized.")
+]
+Eval = Annotated[
+    Path | None,
+    typer.Option(
+        "--eval",
+        metavar="PATH",
+        show_default=False,
+        help="Samples to measure on, instead of some of --calib.",
+    ),
+]
+
+
+def compare(
+    exact: Float,
+    quantized: Quant,
+    calib: Calib = None,
+    evaluation: Eval = None,
+    samples: Samples = None,
+    stacked: Stacked = False,
+    threads: Threads = 0,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure QUANT against FLOAT: error of outputs and layers (SQNR, more dB is better), speed.
+
+    Measures on --eval, or on the samples of --calib that quantize holds out.
+    """
+    if not calib and not evaluation:
+        raise QuantizationError("compare needs samples; give the --calib that quantize got, or --eval")
+    from calib.model import open_model
+    from onnxslim_ptq.analysis.compare import compare_models
+
+    source, result = open_model(exact), open_model(quantized)
+    data, measured_on = _data(source.inputs(), calib, evaluation, samples, stacked)
+    with Bars(json) as bars:
+        found = compare_models(source, result, data, threads=threads, listener=bars)
+    if json:
+        emit_json(_as_json(found, exact, quantized, measured_on))
+    else:
+        _show(found, measured_on, verbose)
+
+
+def _data(
+    inputs: list[InputInfo],
+    calib: list[Path] | None,
+    evaluation: Path | None,
+    samples: int | None,
+    stacked: bool,
+) -> tuple[Dataset, str]:
+    from calib.readers import open_data, split_held_out, take
+
+    if evaluation is not None:
+        data = open_data([evaluation], inputs, stacked=stacked)
+        return (take(data, samples) if samples else data), "eval"
+    data = open_data(calib or [], inputs, stacked=stacked)
+    _, held_out, measured_on = split_held_out(take(data, samples) if samples else data)
+    return held_out, measured_on
+
+
+def _as_json(found: Comparison, exact: Path, quantized: Path, measured_on: str) -> dict[str, Any]:
+    return {
+        "float": str(exact),
+        "quantized": str(quantized),
+        "samples": found.samples,
+        "measured_on": measured_on,
+        "sqnr_db": found.sqnr,
+        "per_output": {e.name: e.as_json() for e in found.outputs},
+        "per_layer": [layer.as_json() for layer in found.layers],
+        "latency": found.latency.as_json() if found.latency else None,
+        "integer_weights": found.integer_weights,
+        "unfused_weights": found.unfused,
+        "notes": found.notes,
+        "exit_code": 0,
+    }
+
+
+def _show(found: Comparison, measured_on: str, verbose: bool) -> None:
+    from onnxslim_ptq.commands.summary import MEASURED_ON
+
+    say(f"measured on {found.samples} {MEASURED_ON[measured_on]}")
+    rows: list[tuple[object, ...]] = [("OUTPUT", "SQNR", "COSINE", "MAX ERROR", "EQUAL")]
+    for error in found.outputs:
+        facts = error.as_json()
+        equal = facts.get("equal")
+        rows.append(
+            (
+                error.name,
+                db(error.sqnr),
+                _number(error.cosine, ".5f"),
+                _number(error.largest, ".4g") if error.is_float else "n/a",
+                f"{equal:.2%}" if isinstance(equal, float) else "n/a",
+            )
+        )
+    for line in columns(rows, right=frozenset({1, 2, 3, 4}), indent=""):
+        say(line)
+    _show_layers(found.layers, verbose)
+    if found.latency:
+        speed = found.latency
+        say(
+            f"speed: float {speed.exact_ms:.3g} ms, int8 {speed.quantized_ms:.3g} ms, {speed.speedup:.2f} x as fast "
+            f"(median of {speed.rounds} alternating runs of one sample on this machine's CPU)"
+        )
+    say(
+        f"int8 weights: {found.integer_weights}, of which {len(found.unfused)} get no integer kernel on this CPU"
+        + (f" (slow): {', '.join(found.unfused[: None if verbose else 3])}" if found.unfused else "")
+    )
+    for note in found.notes:
+        warn(note)
+
+
+def _show_layers(layers: list[LayerError], verbose: bool) -> None:
+    quantized = [layer for layer in layers if layer.quantized]
+    if not quantized:
+        return
+    shown = layers if verbose else sorted(quantized, key=_local)[:_FEW]
+    which = (
+        "every layer, in order" if verbose else f"the {len(shown)} worst of {len(quantized)} quantized layers"
+    )
+    say(f"{which}; local: its own error on exact input, cumulative: with all before it")
+    rows: list[tuple[object, ...]] = [("LAYER", "OP", "LOCAL", "CUMULATIVE")]
+    rows += [
+        (
+            layer.node,
+            layer.op,
+            db(layer.local.sqnr) if layer.local else "float" if not layer.quantized else "n/a",
+            db(layer.cumulative.sqnr),
+        )
+        for layer in shown
+    ]
+    for line in columns(rows, right=frozenset({2, 3})):
+        say(line)
+
+
+def _local(layer: LayerError) -> float:
+    sqnr = layer.local.sqnr if layer.local else None
+    return math.inf if sqnr is None else sqnr
+
+
+def _number(value: float | None, form: str) -> str:
+    return "n/a" if value is None else format(value, form)

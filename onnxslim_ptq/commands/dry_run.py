@@ -1,0 +1,133 @@
+"""``quantize --dry-run``: everything up to where values would be quantized, without running a sample or writing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from calib.model import open_model
+from calib.provider import require_device
+from onnxslim_ptq.api import QUANT_TYPE, _Data
+from onnxslim_ptq.commands.console import emit_json, say, size
+from onnxslim_ptq.commands.summary import cpu_line, float_lines, reduced
+from onnxslim_ptq.core.targets import TARGETS
+from onnxslim_ptq.errors import RecipeError
+from onnxslim_ptq.export.check import source_files
+from onnxslim_ptq.export.files import AtomicFiles, output_paths
+from onnxslim_ptq.pipeline import Job, _choices, _float_graph
+from onnxslim_ptq.recipe import Recipe
+from onnxslim_ptq.steps.fusing import dry_placement
+from onnxslim_ptq.steps.placement import Placement
+from onnxslim_ptq.workspace import Workspace
+
+__all__ = ["show_plan"]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    job: Job
+    placement: Placement
+    skipped: Mapping[str, str]
+    notes: list[str]
+    measured_on: str
+
+
+def show_plan(
+    model: Path, out: Path, settings: Mapping[str, Any], *, external: bool, as_json: bool, verbose: bool
+) -> None:
+    """Print which layers would be quantized, which stay float and why, and the files that would be written."""
+    plan = _plan(model, settings)
+    paths = output_paths(out, model.stem, QUANT_TYPE)
+    with AtomicFiles(paths, source_files(model)):
+        pass  # OUT can be written and is no input
+    large = external or plan.job.source.nbytes > 2**31
+    files = [p for p in (paths.model, paths.data if large else None, paths.json) if p is not None]
+    reduce_range = reduced(plan.job.target.name, settings["reduce_range"])
+    if as_json:
+        emit_json(
+            {
+                "dry_run": True,
+                "target": plan.job.target.name,
+                "device": plan.job.device,
+                "files": [str(p) for p in files],
+                "layers": {"quantized": list(plan.placement.layers), "float": plan.skipped},
+                "calibration_samples": len(plan.job.calibration),
+                "evaluation_samples": len(plan.job.evaluation),
+                "measured_on": plan.measured_on,
+                "reduce_range": reduce_range,
+                "notes": plan.notes,
+                "exit_code": 0,
+            }
+        )
+        return
+    _say(plan, files, reduce_range, verbose)
+
+
+def _plan(model: Path, settings: Mapping[str, Any]) -> _Plan:
+    recipe = Recipe.load(settings["recipe"]).with_patterns(
+        include=settings["include"], exclude=settings["exclude"]
+    )
+    target = TARGETS.get(settings["target"] or recipe.target)
+    if target is None or target.exporter is None:
+        what = "is unknown" if target is None else "is not available yet"
+        raise RecipeError(
+            f"target '{settings['target'] or recipe.target}' {what}; available: "
+            + ", ".join(n for n, t in TARGETS.items() if t.exporter)
+        )
+    require_device(settings["device"])
+    source = open_model(model)
+    data = _Data(
+        source,
+        settings["calib_data"],
+        settings["eval_data"],
+        settings["samples"],
+        settings["stacked"],
+        settings["shapes"],
+        settings["ranges"],
+        settings["seed"],
+    )
+    job = Job(
+        source,
+        recipe,
+        target,
+        data.calibration,
+        data.evaluation,
+        settings["device"],
+        settings["threads"],
+        allow_quantized=settings["allow_quantized"],
+    )
+    notes: list[str] = []
+    graph = _float_graph(job, notes)
+    layers, skipped = _choices(job, graph)
+    workspace = Workspace(graph, target, job.calibration, job.device, job.threads)
+    placement = dry_placement(workspace, layers)
+    return _Plan(job, placement, {**skipped, **placement.skipped}, notes + graph.notes, data.measured_on)
+
+
+def _say(plan: _Plan, files: list[Path], reduce_range: bool, verbose: bool) -> None:
+    layers = [layer for layer, _ in plan.placement.layers.values()]
+    kinds = ", ".join(f"{n} {op}" for op, n in Counter(layer.op for layer in layers).most_common())
+    say("dry run: nothing was calibrated or written")
+    say(f"model: {plan.job.source.name}, {size(plan.job.source.nbytes)}; target {plan.job.target.name}")
+    say(
+        f"layers: {len(layers)} would be quantized{f' ({kinds})' if kinds else ''}, {len(plan.skipped)} stay float"
+    )
+    if verbose:
+        for layer in layers:
+            say(f"  {layer.node}: {layer.op}, weight {layer.weight_name}")
+    for line in float_lines(plan.skipped, verbose):
+        say(line)
+    say(
+        f"ranges: of {len(plan.placement.tensors)} tensors, from {len(plan.job.calibration)} samples"
+        + (" of synthetic data" if plan.measured_on == "synthetic" else "")
+        + f"; result measured on {len(plan.job.evaluation)} ({plan.measured_on})"
+    )
+    say(cpu_line(reduce_range))
+    for text in plan.notes:
+        say(f"note: {text}")
+    say(f"would write: {', '.join(map(str, files))}")
+    if not layers:
+        say("nothing can be quantized: quantize would end with exit code 2")

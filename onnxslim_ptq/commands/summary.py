@@ -1,0 +1,171 @@
+"""What ``quantize`` tells about its result: about ten lines for a person, or everything as JSON."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onnxslim_ptq.commands.console import db, emit_json, say, size
+from onnxslim_ptq.core.targets import TARGETS
+from onnxslim_ptq.cpu import int8_features, saturates
+
+if TYPE_CHECKING:
+    from onnxslim_ptq.api import Result
+    from onnxslim_ptq.export.files import OutputPaths
+
+__all__ = ["MEASURED_ON", "Summary", "cpu_line", "float_lines", "reduced"]
+
+_FEW = 8
+MEASURED_ON = {
+    "held-out": "held-out samples",
+    "eval": "--eval samples",
+    "calibration": "the calibration samples themselves",
+    "synthetic": "synthetic samples, not real data",
+}
+
+
+@dataclass
+class Summary:
+    """A result and the files it went to."""
+
+    result: Result
+    paths: OutputPaths
+    settings: Mapping[str, Any]
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def files(self) -> dict[str, Path]:
+        paths = self.paths
+        named = {"model": paths.model, "data": paths.data, "json": paths.json, "params": paths.params}
+        return {kind: path for kind, path in named.items() if path is not None}
+
+    @property
+    def nbytes(self) -> tuple[int, int]:
+        """Of the float model and of the quantized one, each with all its weights."""
+        written = [path for kind, path in self.files.items() if kind in ("model", "data")]
+        return self.result.source.nbytes, sum(path.stat().st_size for path in written)
+
+    @property
+    def worst_output(self) -> str | None:
+        known = {
+            n: e["sqnr_db"]
+            for n, e in self.result.metrics["per_output"].items()
+            if e.get("sqnr_db") is not None
+        }
+        return min(known, key=lambda n: known[n]) if known else None
+
+    def show(self, verbose: bool) -> None:
+        before, after = self.nbytes
+        target = self.result.context.target
+        ratio = before / max(after, 1)
+        say(f"wrote {self.paths.model}  {size(before)} float -> {size(after)} int8 ({ratio:.1f} x smaller)")
+        for kind, path in self.files.items():
+            if kind != "model":
+                say(f"      {path}  {size(path.stat().st_size)}")
+        for line in self._layer_lines(verbose):
+            say(line)
+        for line in self._metric_lines(verbose):
+            say(line)
+        say(cpu_line(reduced(target, self.settings["reduce_range"])))
+        notes = [text for text in self.result.notes if text not in self.warnings]
+        for text in notes if verbose else notes[:_FEW]:
+            say(f"note: {text}")
+        if len(notes) > _FEW and not verbose:
+            say(f"note: and {len(notes) - _FEW} more; -v shows them")
+        say(f"next: {self._next()}")
+
+    def _layer_lines(self, verbose: bool) -> list[str]:
+        quantized = len(self.result.plan.weights)
+        head = f"layers: {quantized} quantized, {len(self.result.skipped)} float"
+        return [head, *float_lines(self.result.skipped, verbose)]
+
+    def _metric_lines(self, verbose: bool) -> list[str]:
+        metrics, worst = self.result.metrics, self.worst_output
+        count = metrics["samples"]
+        where = f"{count} {MEASURED_ON.get(metrics['measured_on'], metrics['measured_on'])}"
+        if worst is None:
+            lines = [f"quality: no float output to compare, on {where}"]
+        else:
+            cosine = metrics["cosine"]
+            lines = [
+                f"quality: worst output '{worst}' {db(metrics['sqnr_db'])} SQNR, cosine "
+                f"{'n/a' if cosine is None else format(cosine, '.5f')}, on {where}; speed was not measured"
+            ]
+        integer = {n: e["equal"] for n, e in metrics["per_output"].items() if e.get("equal") is not None}
+        lines += [f"  output '{n}' (integer): {equal:.2%} equal" for n, equal in integer.items()]
+        if verbose:
+            lines += [
+                f"  output '{n}': {db(e['sqnr_db'])}, max abs error {e['max_abs_error']:.4g}"
+                for n, e in metrics["per_output"].items()
+                if "sqnr_db" in e
+            ]
+        return lines
+
+    def _next(self) -> str:
+        samples = "".join(
+            f" --calib {shlex.quote(str(p))}" for p in self.settings["calib_data"] or ("SAMPLES",)
+        )
+        if self.settings["eval_data"]:
+            samples = f" --eval {shlex.quote(str(self.settings['eval_data']))}"
+        models = " ".join(shlex.quote(str(p)) for p in (self.result.source.path, self.paths.model))
+        stacked = " --stacked" if self.settings["stacked"] else ""
+        return f"onnxslim-ptq compare {models}{samples}{stacked}  (error of each layer, speed)"
+
+    def show_json(self) -> None:
+        before, after = self.nbytes
+        target = self.result.context.target
+        emit_json(
+            {
+                "files": {kind: str(path) for kind, path in self.files.items()},
+                "bytes": {"float": before, "quantized": after},
+                "target": target,
+                "device": self.result.context.calibration.device,
+                "layers": {
+                    "quantized": sorted({use.node for use in self.result.plan.weights}),
+                    "float": self.result.skipped,
+                },
+                "metrics": {**self.result.metrics, "worst_output": self.worst_output},
+                "cpu": {
+                    "int8_features": int8_features(),
+                    "reduce_range": reduced(target, self.settings["reduce_range"]),
+                },
+                "notes": self.result.notes,
+                "warnings": self.warnings,
+                "exit_code": 0,
+            }
+        )
+
+
+def reduced(target: str, option: str) -> bool:
+    """Whether weights were limited to 7 bits: ``auto`` asks the processor when it is the target."""
+    return option == "on" or (option == "auto" and TARGETS[target].optimizes_here and saturates())
+
+
+def cpu_line(reduce_range: bool) -> str:
+    features = ", ".join(int8_features()) or "none reported"
+    return (
+        f"cpu: int8 instructions {features}; 7-bit weights (reduce-range) {'on' if reduce_range else 'off'}"
+    )
+
+
+def float_lines(skipped: Mapping[str, str], verbose: bool) -> list[str]:
+    """Every float layer with its reason, or the first of each reason."""
+    if verbose:
+        return [f"  {name}: {reason}" for name, reason in skipped.items()]
+    groups: dict[str, list[str]] = {}
+    for name, reason in skipped.items():
+        groups.setdefault(reason, []).append(name)
+    lines, left = [], _FEW
+    for reason, names in sorted(groups.items(), key=lambda group: -len(group[1])):
+        shown = names[: max(1, min(left, len(names)) if len(groups) == 1 else 3)]
+        more = len(names) - len(shown)
+        lines.append(
+            f"  {len(names)} float: {reason}: {', '.join(shown)}" + (f" and {more} more" if more else "")
+        )
+        left -= 1
+    if len(lines) > _FEW:
+        lines = [*lines[:_FEW], f"  and {len(lines) - _FEW} more reasons"]
+    return [*lines, "  (-v lists every one)"] if len(skipped) > _FEW else lines
