@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import onnx
 
 from calib.errors import DeviceError, GraphError
 from calib.types import Array
@@ -98,6 +99,9 @@ def create_session(
         add = settings.add_session_config_entry
         add("session.optimized_model_external_initializers_file_name", f"{options.write_optimized.name}.data")
         add("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+    if weights and isinstance(model, bytes):  # ONNX Runtime drops what nothing reads, and then misses it
+        read = _names_read(onnx.ModelProto.FromString(model).graph)
+        weights = {name: values for name, values in weights.items() if name in read}
     shared = _share(settings, weights, ort) if weights else []
     disabled = ["WeightBiasQuantization"] if options.simulate else []
     try:
@@ -107,6 +111,17 @@ def create_session(
         raise GraphError(f"ONNX Runtime {ort.__version__} cannot load the model: {_one_line(error)}") from None
     session.shared_weights = shared  # the session reads them where they lie, so they must live as long as it does
     return session
+
+
+def _names_read(graph: onnx.GraphProto) -> set[str]:
+    """Names that nodes, those of subgraphs included, or graph outputs read."""
+    names = {o.name for o in graph.output}
+    for node in graph.node:
+        names.update(node.input)
+        for attr in node.attribute:
+            for sub in (*([attr.g] if attr.HasField("g") else []), *attr.graphs):
+                names |= _names_read(sub)
+    return names
 
 
 def _share(settings: Any, weights: Mapping[str, Array], ort: ModuleType) -> list[Any]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
@@ -98,12 +98,17 @@ for _name, _command in LATER.items():
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; ``arguments`` without the program's name."""
     args = list(sys.argv[1:] if arguments is None else arguments)
-    _prepare_process()
+    with _process():
+        return _run(args)
+
+
+def _run(args: list[str]) -> int:
     try:
         if not args:
             app(["--help"], prog_name=PROGRAM, standalone_mode=False)
             return BAD_INPUT
         code = app(args, prog_name=PROGRAM, standalone_mode=False)
+        sys.stdout.flush()
         return code if isinstance(code, int) else OK
     except (_Interrupted, KeyboardInterrupt, typer.Abort):
         return _failed(args, "interrupted; nothing was written", INTERRUPTED)
@@ -122,12 +127,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _unexpected(args, error)
 
 
-def _prepare_process() -> None:
+@contextmanager
+def _process() -> Iterator[None]:
+    """Output that never fails on a character, and a SIGTERM that unwinds, so that nothing half-written stays."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a name that the terminal cannot show is no reason to fail
-    with suppress(ValueError):  # not the main thread
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # unwinds: nothing half-written stays
+            stream.reconfigure(errors="replace")
+    try:
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _given(args: Sequence[str], *names: str) -> bool:
@@ -137,8 +151,6 @@ def _given(args: Sequence[str], *names: str) -> bool:
 
 def _failed(args: Sequence[str], error: object, code: int) -> int:
     text = one_line(error)
-    if _given(args, "-v", "--verbose") and isinstance(error, BaseException):
-        _traceback(error)
     note(text if code == INTERRUPTED else f"error: {text}")
     if _given(args, "--json"):
         emit_json({"error": text, "exit_code": code})

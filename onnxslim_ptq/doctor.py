@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -132,11 +133,6 @@ def diagnose(facts: Facts) -> list[str]:
         found.append(
             f"onnxruntime {facts.runtime} is older than 1.20; cure: pip install -U 'onnxslim_ptq[cpu]'"
         )
-    found += [
-        f"{p.name} is in this build but does not work: {p.reason}"
-        for p in facts.providers
-        if not p.works and p.name != _REMOTE
-    ]
     return found
 
 
@@ -160,13 +156,15 @@ def _version(name: str) -> str | None:
 
 
 def _explained(error: str) -> str:
+    """The reason without the place in ONNX Runtime's sources, and the cure where it is known."""
+    error = re.sub(r"^\S+\.(cc|h):[0-9]+ .*\) (?=\w)", "", error)
     if "libascendcl" in error:
         return (
             "the CANN toolkit is missing; install it and source its set_env.sh (libascendcl.so is not found)"
         )
     if "libcuda" in error or "libcublas" in error or "libcudnn" in error:
         return f"CUDA libraries are missing; install the CUDA and cuDNN that this build needs ({error[:120]})"
-    return error
+    return error[:300]
 
 
 def _ask_child(provider: str) -> dict[str, Any]:
@@ -197,6 +195,9 @@ def _ask_child(provider: str) -> dict[str, Any]:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         return {"error": f"it ends the process (exit code {done.returncode}): {last[:200]}"}
     answer: dict[str, Any] = json.loads(lines[-1][len(_MARK) :])
+    missing = re.search(r"(\S+): cannot open shared object file", done.stderr)
+    if "error" in answer and missing:  # ONNX Runtime logs the true reason and raises another
+        answer["error"] = f"{missing[1]} is not found: {answer['error']}"
     return answer
 
 
@@ -211,7 +212,7 @@ def _child(provider: str) -> dict[str, Any]:
     except DeviceError as error:
         return {"error": str(error)}
     except Exception as error:  # whatever a provider raises is the reason that the user needs
-        return {"error": " ".join(str(error).split())[:300] or type(error).__name__}
+        return {"error": " ".join(str(error).split())[:1000] or type(error).__name__}
     return {"version": ort.__version__, "providers": ort.get_available_providers()}
 
 
@@ -225,7 +226,7 @@ def _try_provider(ort: Any, provider: str) -> None:
         "tiny (float[4,4] x, float[4,4] w) => (float[4,4] y) { y = MatMul(x, w) }"
     )
     settings = ort.SessionOptions()
-    settings.log_severity_level = 4
+    settings.log_severity_level = 3
     if provider != _CPU:
         settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     session = ort.InferenceSession(

@@ -74,7 +74,7 @@ def run(job: Job) -> Outcome:
     placement, stats = _statistics(job, workspace, placement, layers, notes)
     _require_layers(job, placement.layers, {**skipped, **placement.skipped})
     plan = quantize.apply(workspace, placement, stats)
-    quantized = _rendered(job, workspace, plan)
+    quantized = _rendered(job, workspace, placement, plan)
     plan.skipped = {**skipped, **placement.skipped, **plan.skipped}
     _require_layers(job, plan.weights, plan.skipped)
     notes += graph.notes + plan.notes
@@ -163,14 +163,14 @@ def _health(extent: MinMaxStats) -> str:
     return f"{extent.nan} NaN and {extent.inf} Inf values, first in {where}"
 
 
-def _rendered(job: Job, workspace: Workspace, plan: QuantPlan) -> Model:
+def _rendered(job: Job, workspace: Workspace, placement: Placement, plan: QuantPlan) -> Model:
     """Render; a weight that ONNX Runtime would still dequantize at every run leaves the plan, with that reason."""
     while job.target.optimizes_here:
         slow = unfused_layers(workspace, plan)
         if not slow:
             break
         for name in slow:
-            leave_float(plan, workspace.graph, name)
+            leave_float(plan, placement, workspace.graph, name)
     return render_qdq(workspace.model(), plan, job.target)
 
 

@@ -130,32 +130,26 @@ class _Run:
         options = SessionOptions(threads=threads)
         results = [layer.tensor for layer in self.layers]
         reads = [name for name in self.locals.feeds if name not in self.inputs]
-        self.names = list(dict.fromkeys([*self.outputs, *results, *reads]))
-        self.exact = create_session(
-            tap(exact, self.names).SerializeToString(), exact.weights, options=options
-        )
-        self.plain = create_session(quantized.proto.SerializeToString(), quantized.weights, options=options)
-        # Taps keep ONNX Runtime from fusing, so the outputs come from a session without any.
-        self.tapped = (
-            create_session(tap(quantized, results).SerializeToString(), quantized.weights, options=options)
-            if results
-            else None
-        )
+        self.names = list(dict.fromkeys([*results, *reads])) or self.outputs
+        # Taps keep ONNX Runtime from fusing, so the outputs come from sessions without any.
+        self.exact, self.plain = (_open(m.proto, m, options) for m in (exact, quantized))
+        self.exact_tapped = _open(tap(exact, self.names), exact, options)
+        self.tapped = _open(tap(quantized, results), quantized, options) if results else None
 
     def measure(
         self, data: Dataset, listener: Listener | None
     ) -> tuple[list[OutputError], list[LayerError], int]:
         errors, count = [OutputError(name) for name in self.outputs], 0
         for sample, feed in data:
-            known = dict(zip(self.names, run_session(self.exact, self.names, feed, sample), strict=True))
+            expected = run_session(self.exact, self.outputs, feed, sample)
             seen = run_session(self.plain, self.outputs, feed, sample)
-            for error, values in zip(errors, seen, strict=True):
-                error.add(known[error.name], values, str(sample))
+            for error, y, z in zip(errors, expected, seen, strict=True):
+                error.add(y, z, str(sample))
+            seen = run_session(self.exact_tapped, self.names, feed, sample)
+            known = dict(zip(self.names, seen, strict=True))
             if self.tapped is not None:
-                results = [layer.tensor for layer in self.layers]
-                for layer, values in zip(
-                    self.layers, run_session(self.tapped, results, feed, sample), strict=True
-                ):
+                seen = run_session(self.tapped, [layer.tensor for layer in self.layers], feed, sample)
+                for layer, values in zip(self.layers, seen, strict=True):
                     layer.cumulative.add(known[layer.tensor], values, str(sample))
             self.locals.add({**feed, **known}, known, sample)
             count += 1
@@ -164,6 +158,10 @@ class _Run:
         if count == 0:
             raise CalibrationError("the data holds no samples; give at least one")
         return errors, self.layers, count
+
+
+def _open(proto: onnx.ModelProto, model: Model, options: SessionOptions) -> Any:
+    return create_session(proto.SerializeToString(), model.weights, options=options)
 
 
 def _tensors(model: Model) -> set[str]:

@@ -150,7 +150,8 @@ def module_name(weight: str, node: str) -> str:
     if _SUFFIX.search(weight) and not _MADE_UP.search(_SUFFIX.sub("", weight)[:12]):
         return _SUFFIX.sub("", weight)
     parts: list[str] = []
-    for part in [p for p in node.split("/") if p][:-1]:
+    path = [p for p in node.split(";")[0].split("/") if p]
+    for part in path[:-1] if path and path[-1][0].isupper() else path:
         if parts and part.startswith(f"{parts[-1]}."):
             parts.pop()
         parts.append(part)

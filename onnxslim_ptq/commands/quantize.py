@@ -220,7 +220,7 @@ def _run(
     from onnxslim_ptq.commands.worst import worst_layers
 
     _preflight(model, out, settings["device"], QUANT_TYPE)
-    if settings["calib_data"] is None:
+    if settings["calib_data"] is None and model.is_file():
         warn(
             "no --calib: activation ranges come from synthetic samples (random numbers), not from real data; "
             "accuracy on real inputs is unknown"

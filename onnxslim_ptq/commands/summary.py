@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MEASURED_ON", "Summary", "cpu_line", "float_lines", "reduced"]
 
-_FEW = 8
+_FEW, _FEW_OF_EACH = 8, 3
 MEASURED_ON = {
     "held-out": "held-out samples",
     "eval": "--eval samples",
@@ -158,14 +158,11 @@ def float_lines(skipped: Mapping[str, str], verbose: bool) -> list[str]:
     groups: dict[str, list[str]] = {}
     for name, reason in skipped.items():
         groups.setdefault(reason, []).append(name)
-    lines, left = [], _FEW
+    each = _FEW if len(groups) == 1 else _FEW_OF_EACH
+    lines = []
     for reason, names in sorted(groups.items(), key=lambda group: -len(group[1])):
-        shown = names[: max(1, min(left, len(names)) if len(groups) == 1 else 3)]
-        more = len(names) - len(shown)
-        lines.append(
-            f"  {len(names)} float: {reason}: {', '.join(shown)}" + (f" and {more} more" if more else "")
-        )
-        left -= 1
+        more = f" and {len(names) - each} more" if len(names) > each else ""
+        lines.append(f"  {len(names)} float: {reason}: {', '.join(names[:each])}{more}")
     if len(lines) > _FEW:
         lines = [*lines[:_FEW], f"  and {len(lines) - _FEW} more reasons"]
-    return [*lines, "  (-v lists every one)"] if len(skipped) > _FEW else lines
+    return [*lines, "  (-v lists every one)"] if any(" more" in line for line in lines) else lines

@@ -6,11 +6,22 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from onnx import TensorProto
 
 from calib.errors import GraphError
 from calib.model import Model
 from calib.types import Array
-from onnxslim_ptq.core.spec import PerChannel, PerTensor, QParams, QuantPlan, QuantSpec, Result, Slot, Use
+from onnxslim_ptq.core.spec import (
+    BiasCodes,
+    PerChannel,
+    PerTensor,
+    QParams,
+    QuantPlan,
+    QuantSpec,
+    Result,
+    Slot,
+    Use,
+)
 from onnxslim_ptq.core.targets import Target
 from onnxslim_ptq.export.float16 import ABSORBED, compute_in_float32, half_layers
 from onnxslim_ptq.graph.edit import is_captured
@@ -120,26 +131,28 @@ class _Writer:
     def quantize_bias(self, use: Use, slot: Slot) -> None:
         """One integer bias per node: its scale belongs to the node's activation and weight.
 
-        Behind float16 scales a bias stays float16: s_x * s_w leaves float16's range, and so do its codes.
+        Behind float16 scales it keeps its float32 scale (s_x * s_w and the codes leave float16's range) and is cast.
+        Left as a float16 constant, ONNX Runtime's WeightBiasQuantization would give it a float16 scale all the same.
         """
-        if use.node in self.half:
-            return
         node = self.graph.node(use.node)
-        bias = self.plan.bias_codes[slot.params]
-        scale = bias.scale
-        weights = self.plan.weight_codes.get(bias.weight)
-        if (
-            weights is not None
-            and weights.params.axis is None
-            and scale.size
-            and (scale == scale.reshape(-1)[0]).all()
-        ):
-            scale = scale.reshape(-1)[0].reshape(())  # no axis, so that opset 10 will do
-        grain = PerTensor() if scale.ndim == 0 else PerChannel(0)
-        spec = QuantSpec(slot.spec.dtype, grain, symmetric=True)
-        params = QParams(spec, scale, np.zeros(scale.shape, np.int64))
         name = node.inputs[use.port].name
-        node.inputs[use.port] = self._stored(name, bias.codes, params, f"bias of {use.node}", False)
+        bias = self.plan.bias_codes[slot.params]
+        params = self._bias_params(bias, slot)
+        real = self._stored(name, bias.codes, params, f"bias of {use.node}", False)
+        if use.node in self.half:
+            half = self.graph.variable(f"{name}_float16")
+            self.graph.add_node("Cast", f"{name}_Cast", [real], [half], {"to": int(TensorProto.FLOAT16)})
+            real = half
+        node.inputs[use.port] = real
+
+    def _bias_params(self, bias: BiasCodes, slot: Slot) -> QParams:
+        """The bias's numbers; behind a weight with one scale it has one as well, so that opset 10 will do."""
+        scale = bias.scale
+        weight = self.plan.weight_codes.get(bias.weight)
+        if weight is not None and weight.params.axis is None and scale.size and np.ptp(scale) == 0:
+            scale = scale.reshape(-1)[0].reshape(())
+        spec = QuantSpec(slot.spec.dtype, PerTensor() if scale.ndim == 0 else PerChannel(0), symmetric=True)
+        return QParams(spec, scale, np.zeros(scale.shape, np.int64))
 
     def _is_half(self, tensor: gs.Tensor) -> bool:
         """Whether ``tensor`` is float16: a float16 layer reads it, or makes it, perhaps through a Relu or Clip."""

@@ -58,19 +58,18 @@ def unfused_layers(workspace: Workspace, plan: QuantPlan) -> set[str]:
     return {node for (node, _), name in stored.items() if name in stuck}
 
 
-def leave_float(plan: QuantPlan, graph: Graph, name: str) -> None:
-    """Take one layer out of ``plan``: its weight, bias and input, and its output when nobody else needs that quantized.
+def leave_float(plan: QuantPlan, placement: Placement, graph: Graph, name: str) -> None:
+    """Take one layer out of ``plan``: its weight, bias and input, and its output unless another layer makes that too.
 
     The correction that its bias got for the sake of rounded weights is taken back.
     """
     for sites in (plan.activations, plan.weights, plan.biases):
         for site in [s for s in sites if isinstance(s, Use) and s.node == name]:
             del sites[site]  # type: ignore[attr-defined]
-    read = {graph.node(u.node).inputs[u.port].name for u in plan.activations if isinstance(u, Use)}
-    outputs = {t.name for t in graph.node(name).outputs}
-    outputs |= {o.name for t in graph.node(name).outputs for n in graph.consumers(t) for o in n.outputs}
-    for site in [s for s in plan.activations if isinstance(s, Result) and s.tensor in outputs - read]:
-        del plan.activations[site]
+    integer = {use.node for use in plan.weights}
+    for placed in placement.tensors.values():
+        if placed.at_result and integer.isdisjoint(layer.node for layer in placed.producers):
+            plan.activations.pop(Result(placed.tensor), None)  # layers that read it still quantize it for themselves
     if name in plan.uncorrected:
         node, port, values = plan.uncorrected.pop(name)
         own_constant(graph, graph.node(node), port, values)

@@ -25,7 +25,8 @@ __all__ = ["apply", "probes"]
 _FOR_READERS = ("minmax", "mse")
 _FOR_PRODUCERS = ("minmax", "after16", "after")
 _JUDGED_ELEMENTS = 3e7  # tensor elements that judging one candidate may touch
-_FEWEST, _MOST = 4, 32
+_FEWEST, _MOST = 4, 16
+_BLOCKS = 4
 
 
 def probes(workspace: Workspace, placement: Placement) -> list[Probe]:
@@ -92,23 +93,27 @@ def _candidates(workspace: Workspace, placement: Placement,
 
 def _best_assignment(workspace: Workspace, placement: Placement, plan: QuantPlan, fixed: Ranges,
                      searched: Mapping[str, Mapping[str, Range]], plain: Model, samples: int) -> Ranges:
-    """Of the same method for all tensors of a role, the pair of methods with the smallest output error."""
+    """The methods with the smallest output error: first one per role for the whole graph, then, block after block of
+    the graph, whatever alternative betters that."""
     judge = workspace.judge(plan, samples, plain)
-    best: tuple[float, Ranges] | None = None
-    tried: set[tuple[bytes, ...]] = set()
-    for readers, producers in product(_FOR_READERS, _FOR_PRODUCERS):
-        ranges = dict(fixed)
-        for key, found in searched.items():
-            method = readers if placement.tensors[key].readers else producers
-            ranges[key] = (found[method], method)
+    seen: dict[tuple[bytes, ...], float] = {}
+
+    def score(methods: Mapping[str, str]) -> float:
+        ranges = fixed | {key: (searched[key][m], m) for key, m in methods.items()}
         fingerprint = tuple(r.lo.tobytes() + r.hi.tobytes() for r, _ in ranges.values())
-        if fingerprint not in tried:
-            tried.add(fingerprint)
-            score = judge.score(_numbers(placement, ranges))
-            if best is None or score > best[0]:
-                best = (score, ranges)
-    assert best is not None
-    return best[1]
+        if fingerprint not in seen:
+            seen[fingerprint] = judge.score(_numbers(placement, ranges))
+        return seen[fingerprint]
+
+    roles = {key: _FOR_READERS if placement.tensors[key].readers else _FOR_PRODUCERS for key in searched}
+    uniform = [{key: pair[roles[key] is _FOR_PRODUCERS] for key in searched}
+               for pair in product(_FOR_READERS, _FOR_PRODUCERS)]
+    best = max(uniform, key=score)
+    for block in np.array_split(list(searched), _BLOCKS):
+        for role in (_FOR_READERS, _FOR_PRODUCERS):
+            changed = [key for key in block.tolist() if roles[key] is role]
+            best = max([best, *(best | dict.fromkeys(changed, method) for method in role)], key=score)
+    return fixed | {key: (searched[key][method], method) for key, method in best.items()}
 
 
 def _judged_samples(histograms: Iterable[HistogramStats], samples: int) -> int:

@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from calib.errors import GraphError
-from onnxslim_ptq.core.targets import TARGETS
+from onnxslim_ptq.core.targets import TARGETS, BiasForm
 from onnxslim_ptq.export.qdq import render_qdq, required_opset
 from tests.export.plans import plan_for
 from tests.export.test_qdq import model_of, optimized_ops, rendered
@@ -103,13 +103,24 @@ class TestFloat16:
     @pytest.mark.parametrize("target", ["generic", "tensorrt", "openvino"])
     def test_float16_scales_elsewhere(self, target: str) -> None:
         model = model_of(self.CONV_BODY, HALF, opset=13)
-        plan = plan_for(model, target=target, results=("y",))
+        biases = TARGETS[target].bias is BiasForm.INT32
+        plan = plan_for(model, target=target, results=("y",), biases=biases)
         assert required_opset(plan, model, TARGETS[target]) == 19
         proto = rendered(model, plan, target)
         assert (proto.opset_import[0].version, proto.ir_version) == (19, 9)
         types = self.types(proto)
-        assert types["w_scale"] == types["x_scale"] == types["b"] == onnx.TensorProto.FLOAT16
-        assert "Cast" not in {n.op_type for n in proto.graph.node}
+        assert types["w_scale"] == types["x_scale"] == onnx.TensorProto.FLOAT16
+        assert types["b_scale" if biases else "b"] == (
+            onnx.TensorProto.FLOAT if biases else onnx.TensorProto.FLOAT16
+        )
+
+    def test_biases_survive_onnx_runtime(self) -> None:
+        """Its WeightBiasQuantization would write int32 codes with a float16 scale, which cannot hold s_x * s_w."""
+        model = model_of(
+            "g (float16[2,4,9,9] x) => (float16[2,6,7,7] y) { y = Conv (x, w, b) }",
+            {"w": (CONV * 0.1).astype(np.float16), "b": BIAS.astype(np.float16)},
+        )
+        rendered(model, plan_for(model, target="generic", results=("y",)), "generic")
 
     def test_scale_that_float16_cannot_hold(self) -> None:
         model = model_of(

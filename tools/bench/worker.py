@@ -11,6 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -112,14 +113,16 @@ def measure(case: Case, file: str) -> dict[str, Any]:
     """Task metrics of a quantized file and its worst-output SQNR over all evaluation samples."""
     from .error import Noise
 
-    exact, other = open_session(case.model), open_session(Path(file))
+    exact, other = open_session(case.model, threads=1), open_session(Path(file), threads=1)
     noise = Noise([output.name for output in exact.get_outputs()])
 
     def outputs() -> Iterable[Any]:
-        for feed in case.evaluation:
-            y, z = exact.run(None, feed), other.run(None, feed)
-            noise.add(y, z)
-            yield z
+        with ThreadPoolExecutor(1) as beside:
+            for feed in case.evaluation:
+                future = beside.submit(exact.run, None, feed)
+                z = other.run(None, feed)
+                noise.add(future.result(), z)
+                yield z
 
     metrics = case.score(outputs())
     return {"metrics": metrics, "sqnr": noise.worst()}

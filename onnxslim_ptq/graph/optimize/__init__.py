@@ -9,6 +9,7 @@ from onnxslim_ptq.graph.optimize.affine import fold_affine
 from onnxslim_ptq.graph.optimize.batchnorm import fold_batchnorm
 from onnxslim_ptq.graph.optimize.constants import fold_constants
 from onnxslim_ptq.graph.optimize.gemm import normalize_gemm
+from onnxslim_ptq.graph.optimize.hard_sigmoid import form_hard_sigmoid
 
 __all__ = ["PASSES", "optimize"]
 
@@ -17,6 +18,7 @@ PASSES: dict[str, Callable[[Graph], int]] = {
     "batchnorm": fold_batchnorm,
     "affine": fold_affine,
     "gemm": normalize_gemm,
+    "hard_sigmoid": form_hard_sigmoid,
 }
 
 

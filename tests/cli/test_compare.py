@@ -1,0 +1,152 @@
+"""`compare`: errors of outputs and layers, speed."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from calib.model import open_model
+from calib.readers import from_iterable
+from onnxslim_ptq.analysis.compare import Comparison, compare_models
+from onnxslim_ptq.cli import main
+
+DIGITS = Path(__file__).resolve().parents[2] / "tools" / "digits"
+MODEL, CALIB = str(DIGITS / "digits.onnx"), str(DIGITS / "calib")
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> str:
+    out = tmp_path_factory.mktemp("compare") / "m.onnx"
+    assert main([MODEL, str(out), "--calib", CALIB, "--exclude", "*down*", "-q"]) == 0
+    return str(out)
+
+
+def test_a_person_reads_it(quantized: str, capsys: Captured) -> None:
+    assert main(["compare", MODEL, quantized, "--calib", CALIB]) == 0
+    text, errors = capsys.readouterr()
+    assert errors == ""
+    assert text.startswith("measured on 8 held-out samples\n")
+    assert "the 9 worst of 9 quantized layers" in text
+    assert "x as fast" in text
+    assert "int8 weights: 9, of which 0 get no integer kernel" in text
+
+
+def test_a_program_reads_it(quantized: str, capsys: Captured) -> None:
+    assert main(["compare", MODEL, quantized, "--calib", CALIB, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    document = json.loads(Path(quantized).with_suffix(".json").read_text())
+    assert found["sqnr_db"] == pytest.approx(
+        document["metrics"]["sqnr_db"]
+    )  # the same samples as quantize measured on
+    layers = {layer["node"]: layer for layer in found["per_layer"]}
+    assert len(layers) == 10
+    first, last = layers["/stem/stem.0/Conv"], layers["/fc/Gemm"]
+    assert first["local"]["sqnr_db"] == pytest.approx(first["cumulative"]["sqnr_db"], abs=0.01)
+    assert last["local"]["sqnr_db"] > last["cumulative"]["sqnr_db"]
+    assert last["cumulative"]["sqnr_db"] == pytest.approx(found["sqnr_db"], abs=1.0)
+    assert layers["/down/down.0/Conv"]["local"] is None
+    assert not layers["/down/down.0/Conv"]["quantized"]
+    assert found["latency"]["speedup"] > 0
+
+
+def test_samples_and_eval(quantized: str, capsys: Captured) -> None:
+    assert main(["compare", MODEL, quantized, "--eval", CALIB, "--samples", "3", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["samples"], found["measured_on"]) == (3, "eval")
+
+
+def test_a_model_equals_itself(capsys: Captured) -> None:
+    assert main(["compare", MODEL, MODEL, "--calib", CALIB]) == 0
+    assert "exact" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("case", ["no data", "swapped", "another model", "missing"])
+def test_errors(case: str, quantized: str, tmp_path: Path, capsys: Captured) -> None:
+    other = tmp_path / "other.onnx"
+    model = onnx.load(MODEL)
+    model.graph.node[-1].output[0] = model.graph.output[0].name = "renamed"
+    onnx.save(model, other)
+    args, message = {
+        "no data": ([MODEL, quantized], "give the --calib that quantize got"),
+        "swapped": ([quantized, MODEL, "--calib", CALIB], "give the float model first"),
+        "another model": ([MODEL, str(other), "--calib", CALIB], "has no output 'logits'"),
+        "missing": ([MODEL, "missing.onnx", "--calib", CALIB], "does not exist"),
+    }[case]
+    assert main(["compare", *args]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def _run(float_text: str, quantized_text: str, feeds: list[dict[str, Any]]) -> Comparison:
+    exact, seen = (open_model(onnx.parser.parse_model(t)) for t in (float_text, quantized_text))
+    return compare_models(exact, seen, from_iterable(feeds, exact.inputs()), latency=False)
+
+
+HEAD = '<ir_version: 8, opset_import: ["" : 13]> g (float[2,2] x) => (float[2,2] z) '
+FLOAT = (
+    HEAD
+    + "<float[2,2] w = {1.0, 0.0, 0.0, 1.0}, float[2,2] v = {1.0, 0.0, 0.0, 1.0}> { y = MatMul(x, w) z = MatMul(y, v) }"
+)
+QUANT = HEAD + (
+    "<float s = {1.0}, uint8 zp = {0}, float sw = {1.0}, int8 zw = {0}, "
+    "int8[2,2] wq = {1, 0, 0, 1}, int8[2,2] vq = {1, 0, 0, 1}> "
+    "{ xq = QuantizeLinear(x, s, zp) xd = DequantizeLinear(xq, s, zp) wd = DequantizeLinear(wq, sw, zw) "
+    "y = MatMul(xd, wd) yq = QuantizeLinear(y, s, zp) yd = DequantizeLinear(yq, s, zp) "
+    "vd = DequantizeLinear(vq, sw, zw) z = MatMul(yd, vd) }"
+)
+
+
+def test_local_and_cumulative_by_hand() -> None:
+    """x = 1.25 is rounded to 1 by the first layer; the second would round exact input just so, but gets 1 already."""
+    x = np.full((2, 2), 1.25, np.float32)
+    found = _run(FLOAT, QUANT, [{"x": x}])
+    expected = 10 * math.log10(1.25**2 / 0.25**2)
+    first, second = found.layers
+    assert first.local is not None
+    assert second.local is not None
+    errors = [first.local.sqnr, first.cumulative.sqnr, second.local.sqnr, second.cumulative.sqnr, found.sqnr]
+    assert errors == [pytest.approx(expected)] * 5
+    # now the first layer is at fault alone: its result is whole on exact input of the second
+    found = _run(FLOAT.replace("w = {1.0, 0.0, 0.0, 1.0}", "w = {0.8, 0.0, 0.0, 0.8}"), QUANT, [{"x": x}])
+    first, second = found.layers
+    assert first.local is not None
+    assert second.local is not None
+    assert first.local.sqnr == math.inf  # round(1.25) * 1 = 1.25 * 0.8
+    assert second.local.sqnr == math.inf
+    found = _run(
+        FLOAT, QUANT.replace("wq = {1, 0, 0, 1}", "wq = {2, 0, 0, 2}"), [{"x": np.ones((2, 2), np.float32)}]
+    )
+    first, second = found.layers
+    assert first.local is not None
+    assert second.local is not None
+    assert first.local.sqnr == first.cumulative.sqnr == second.cumulative.sqnr == pytest.approx(0.0)
+    assert second.local.sqnr == math.inf
+
+
+def test_a_model_without_common_layers() -> None:
+    renamed = QUANT.replace("y = MatMul", "other = MatMul").replace(
+        "QuantizeLinear(y,", "QuantizeLinear(other,"
+    )
+    found = _run(
+        FLOAT,
+        renamed.replace("z = MatMul(yd, vd)", "zz = MatMul(yd, vd) z = Identity(zz)"),
+        [{"x": np.ones((2, 2))}],
+    )
+    assert found.layers == []
+    assert "errors of layers are not known" in found.notes[0]
+
+
+def test_integer_outputs_count_equal_values() -> None:
+    whole = [t.replace("(float[2,2] z)", "(int64[2] z)").replace(" z = MatMul", " last = MatMul").replace(
+        " }", " z = ArgMax<axis = 1, keepdims = 0>(last) }") for t in (FLOAT, QUANT)]  # fmt: skip
+    found = _run(*whole, [{"x": np.array([[1.25, 0], [0, 3.0]], np.float32)}])
+    assert found.outputs[0].as_json() == {"equal": 1.0}
+    assert found.sqnr is None
