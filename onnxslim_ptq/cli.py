@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 from onnxslim_ptq import __version__
 from onnxslim_ptq.commands.compare import compare
-from onnxslim_ptq.commands.console import emit_json, note, one_line, say
+from onnxslim_ptq.commands.console import emit_json, note, one_line, program, say
 from onnxslim_ptq.commands.doctor import doctor
 from onnxslim_ptq.commands.inspect import inspect
 from onnxslim_ptq.commands.later import LATER
@@ -27,7 +27,6 @@ from onnxslim_ptq.errors import DeviceError, QuantizationError, VerificationErro
 __all__ = ["app", "main"]
 
 OK, UNEXPECTED, BAD_INPUT, NOT_VERIFIED, NO_DEVICE, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 4, 130, 143
-PROGRAM = "onnxslim-ptq"
 # Typer's own copy of this class or click's, depending on the version of Typer.
 _ClickException = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
@@ -46,6 +45,9 @@ class _Commands(TyperGroup):
                 raise QuantizationError(f"there is no command '{args[0]}' (did you mean '{near[0]}'?)")
             args = ["quantize", *args]
         return super().parse_args(ctx, args)
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(self.commands)  # in the order they were added, whatever the version of Typer
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -105,9 +107,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(args: list[str]) -> int:
     try:
         if not args:
-            app(["--help"], prog_name=PROGRAM, standalone_mode=False)
+            app(["--help"], prog_name=program(), standalone_mode=False)
             return BAD_INPUT
-        code = app(args, prog_name=PROGRAM, standalone_mode=False)
+        code = app(args, prog_name=program(), standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else OK
     except (_Interrupted, KeyboardInterrupt, typer.Abort):
@@ -115,7 +117,7 @@ def _run(args: list[str]) -> int:
     except VerificationError as error:
         return _failed(args, error, NOT_VERIFIED)
     except DeviceError as error:
-        return _failed(args, f"{error}; see {PROGRAM} doctor", NO_DEVICE)
+        return _failed(args, f"{error}; see {program()} doctor", NO_DEVICE)
     except QuantizationError as error:
         return _failed(args, error, BAD_INPUT)
     except BrokenPipeError:  # the reader of our output is gone (| head)
@@ -183,5 +185,5 @@ def _traceback(error: BaseException) -> None:
 
 def _usage(error: Any) -> str:
     context = getattr(error, "ctx", None)
-    command = context.command_path if context is not None else PROGRAM
+    command = context.command_path if context is not None else program()
     return f"{error.format_message().rstrip('.')}; see {command} --help"

@@ -97,7 +97,8 @@ class Judge:
         found = []
         for value, axis in zip(values, self._judged.values(), strict=True):
             exact = value.astype(np.float64) if _is_float(value) else np.zeros(0)
-            found.append(exact if axis is None or not exact.size else exact - exact.mean(axis=axis, keepdims=True))
+            with np.errstate(invalid="ignore"):  # a mean of infinities is NaN, which is passed over
+                found.append(exact if axis is None or not exact.size else exact - exact.mean(axis=axis, keepdims=True))
         return found
 
 

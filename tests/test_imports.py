@@ -27,10 +27,15 @@ ORDER: tuple[frozenset[str], ...] = (
     frozenset({"onnxslim_ptq.analysis"}),
     frozenset({"onnxslim_ptq.pipeline"}),
     frozenset({"onnxslim_ptq.api", "onnxslim_ptq"}),
-    frozenset({
-        "onnxslim_ptq.frontends", "onnxslim_ptq.doctor", "onnxslim_ptq.commands", "onnxslim_ptq.cli",
-        "onnxslim_ptq.__main__",
-    }),
+    frozenset(
+        {
+            "onnxslim_ptq.frontends",
+            "onnxslim_ptq.doctor",
+            "onnxslim_ptq.commands",
+            "onnxslim_ptq.cli",
+            "onnxslim_ptq.__main__",
+        }
+    ),
 )
 RANK = {name: rank for rank, group in enumerate(ORDER) for name in group}
 MAY_PRINT = {"onnxslim_ptq.cli", "onnxslim_ptq.commands", "onnxslim_ptq.__main__"}

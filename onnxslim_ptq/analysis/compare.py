@@ -270,7 +270,7 @@ class _Locals:
         proto.graph.output.extend(onnx.ValueInfoProto(name=layer.tensor + _LOCAL) for layer in self._layers)
         weights = {name: w for name, w in self._quantized.weights.items() if name in read}
         return create_session(
-            proto.SerializeToString(), weights, options=SessionOptions(optimize=Optimize.OFF)
+            proto.SerializeToString(), weights, options=SessionOptions(optimize=Optimize.BASIC, simulate=True)
         )
 
 

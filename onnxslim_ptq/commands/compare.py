@@ -13,7 +13,6 @@ from onnxslim_ptq.commands.options import Calib, Json, Samples, Stacked, Threads
 from onnxslim_ptq.errors import QuantizationError
 
 if TYPE_CHECKING:
-    from calib.types import Dataset, InputInfo
     from onnxslim_ptq.analysis.compare import Comparison, LayerError
 
 __all__ = ["compare"]
@@ -53,32 +52,16 @@ def compare(
         raise QuantizationError("compare needs samples; give the --calib that quantize got, or --eval")
     from calib.model import open_model
     from onnxslim_ptq.analysis.compare import compare_models
+    from onnxslim_ptq.commands.samples import measured_samples
 
     source, result = open_model(exact), open_model(quantized)
-    data, measured_on = _data(source.inputs(), calib, evaluation, samples, stacked)
+    data, measured_on = measured_samples(source.inputs(), calib or [], evaluation, samples, stacked)
     with Bars(json) as bars:
         found = compare_models(source, result, data, threads=threads, listener=bars)
     if json:
         emit_json(_as_json(found, exact, quantized, measured_on))
     else:
         _show(found, measured_on, verbose)
-
-
-def _data(
-    inputs: list[InputInfo],
-    calib: list[Path] | None,
-    evaluation: Path | None,
-    samples: int | None,
-    stacked: bool,
-) -> tuple[Dataset, str]:
-    from calib.readers import open_data, split_held_out, take
-
-    if evaluation is not None:
-        data = open_data([evaluation], inputs, stacked=stacked)
-        return (take(data, samples) if samples else data), "eval"
-    data = open_data(calib or [], inputs, stacked=stacked)
-    _, held_out, measured_on = split_held_out(take(data, samples) if samples else data)
-    return held_out, measured_on
 
 
 def _as_json(found: Comparison, exact: Path, quantized: Path, measured_on: str) -> dict[str, Any]:
@@ -137,9 +120,8 @@ def _show_layers(layers: list[LayerError], verbose: bool) -> None:
     if not quantized:
         return
     shown = layers if verbose else sorted(quantized, key=_local)[:_FEW]
-    which = (
-        "every layer, in order" if verbose else f"the {len(shown)} worst of {len(quantized)} quantized layers"
-    )
+    count = f"{len(shown)} of {len(quantized)}" if len(shown) < len(quantized) else str(len(quantized))
+    which = "every layer, in order" if verbose else f"{count} quantized layers, worst first"
     say(f"{which}; local: its own error on exact input, cumulative: with all before it")
     rows: list[tuple[object, ...]] = [("LAYER", "OP", "LOCAL", "CUMULATIVE")]
     rows += [

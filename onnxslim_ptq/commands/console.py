@@ -6,14 +6,34 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from calib.runner import Progress
 
-__all__ = ["Bars", "columns", "db", "emit_json", "note", "one_line", "plain", "say", "size", "warn"]
+__all__ = [
+    "Bars",
+    "columns",
+    "db",
+    "emit_json",
+    "note",
+    "one_line",
+    "plain",
+    "program",
+    "say",
+    "size",
+    "warn",
+]
 
 _NOT_SET = "n/a"
+
+
+def program() -> str:
+    """The command as the user typed it: the installed script may not be on the path."""
+    path = Path(sys.argv[0])
+    started_as_module = path.name == "__main__.py" and path.parent.name == "onnxslim_ptq"
+    return "python -m onnxslim_ptq" if started_as_module else "onnxslim-ptq"
 
 
 def plain(text: object) -> str:

@@ -113,7 +113,7 @@ def _say(plan: _Plan, files: list[Path], reduce_range: bool, verbose: bool) -> N
     say("dry run: nothing was calibrated or written")
     say(f"model: {plan.job.source.name}, {size(plan.job.source.nbytes)}; target {plan.job.target.name}")
     say(
-        f"layers: {len(layers)} would be quantized{f' ({kinds})' if kinds else ''}, {len(plan.skipped)} stay float"
+        f"layers: {len(layers)} would be quantized{f' ({kinds})' if kinds else ''}, {len(plan.skipped)} float"
     )
     if verbose:
         for layer in layers:

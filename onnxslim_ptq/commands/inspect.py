@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from onnxslim_ptq.commands.console import columns, emit_json, say, size
+from onnxslim_ptq.commands.console import columns, emit_json, program, say, size
 from onnxslim_ptq.commands.later import not_available_yet
 from onnxslim_ptq.commands.options import Json, Verbose
 
@@ -70,6 +70,10 @@ def _show(found: Inspection, verbose: bool) -> None:
     _show_layers(found, verbose)
     for note in found.notes:
         say(f"note: {note}")
+    if found.layers:
+        say(
+            f"next: {program()} quantize {found.file} OUT --calib SAMPLES --dry-run  (what would be quantized)"
+        )
 
 
 def _show_layers(found: Inspection, verbose: bool) -> None:
@@ -87,10 +91,6 @@ def _show_layers(found: Inspection, verbose: bool) -> None:
         shown = nodes if verbose else nodes[:2]
         more = f" and {len(nodes) - len(shown)} more" if len(nodes) > len(shown) else ""
         say(f"shared weight: {weight} is read by {', '.join(shown)}{more}")
-    if found.layers:
-        say(
-            f"next: onnxslim-ptq quantize {found.file} OUT --calib SAMPLES --dry-run  (what would be quantized)"
-        )
 
 
 def _show_names(found: Inspection) -> None:

@@ -29,4 +29,6 @@ Threads = Annotated[
 Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Of everything random.")]
 Json = Annotated[bool, typer.Option("--json", help="Nothing but one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No summary, only warnings and errors.")]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Every detail; a traceback for unexpected errors.")]
+Verbose = Annotated[
+    bool, typer.Option("-v", "--verbose", help="Every detail; a traceback for unexpected errors.")
+]

@@ -19,6 +19,7 @@ __all__ = ["quantize"]
 
 _DEVICE = re.compile(r"cpu|cuda|npu(:[0-9]{1,3})?", re.ASCII)
 _DOUBTFUL_DB = 12.0
+_TO_COME = ("stats", "workers", "blockwise", "report", "weights")
 _LATER = {"hidden": True, "show_default": False}
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", show_default=False, help="The float ONNX model.")]
@@ -137,54 +138,44 @@ def quantize(
     weights: Weights = False,
 ) -> None:
     """Quantize MODEL, verify the result against it, write OUT and its weights JSON."""
-    refuse(
-        {
-            "--stats": stats,
-            "--workers": workers,
-            "--blockwise": blockwise,
-            "--report": report,
-            "--weights": weights,
-        }
-    )
+    given = dict(locals())  # every parameter by name: from here on they travel together
+    refuse({f"--{name}": given[name] for name in _TO_COME})
     _check_values(device, min_sqnr)
-    _check_combinations(
-        {
-            "-q": quiet,
-            "-v": verbose,
-            "--calib": calib,
-            "--eval": evaluation,
-            "--stacked": stacked,
-            "--shape": shape,
-            "--range": value_range,
-        }
-    )
-    from calib.readers import parse_range, parse_shape
-
-    settings: dict[str, Any] = {
-        "recipe": recipe,
-        "calib_data": calib or None,
-        "target": target,
-        "device": device,
-        "eval_data": evaluation,
-        "samples": samples,
-        "stacked": stacked,
-        "shapes": dict(map(parse_shape, shape or ())),
-        "ranges": dict(map(parse_range, value_range or ())),
-        "include": include or (),
-        "exclude": exclude or (),
-        "nan": nan,
-        "reduce_range": reduce_range,
-        "min_sqnr": min_sqnr,
-        "allow_quantized": allow_quantized,
-        "threads": threads,
-        "seed": seed,
-    }
+    _check_combinations(given)
+    settings = _settings(given)
     if dry_run:
         from onnxslim_ptq.commands.dry_run import show_plan
 
         show_plan(model, out, settings, external=external_data, as_json=json, verbose=verbose)
     else:
         _run(model, out, settings, external_data, json, quiet, verbose)
+
+
+def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of ``onnxslim_ptq.quantize``."""
+    from calib.readers import parse_range, parse_shape
+
+    same = (
+        "recipe",
+        "target",
+        "device",
+        "samples",
+        "stacked",
+        "nan",
+        "reduce_range",
+        "min_sqnr",
+        "threads",
+        "seed",
+    )
+    return {
+        **{name: given[name] for name in (*same, "allow_quantized")},
+        "calib_data": given["calib"] or None,
+        "eval_data": given["evaluation"],
+        "shapes": dict(map(parse_shape, given["shape"] or ())),
+        "ranges": dict(map(parse_range, given["value_range"] or ())),
+        "include": given["include"] or (),
+        "exclude": given["exclude"] or (),
+    }
 
 
 def _check_values(device: str, min_sqnr: float) -> None:
@@ -194,14 +185,13 @@ def _check_values(device: str, min_sqnr: float) -> None:
         raise QuantizationError(f"--min-sqnr {min_sqnr}: give a number of dB, 0 or more")
 
 
-def _check_combinations(given: Mapping[str, object]) -> None:
+def _check_combinations(given: Mapping[str, Any]) -> None:
     """Refuse options that would otherwise be ignored in silence."""
-    if given["-q"] and given["-v"]:
+    if given["quiet"] and given["verbose"]:
         raise QuantizationError("-q and -v exclude each other; leave one out")
-    for option in ("--shape", "--range"):
-        if given[option] and given["--calib"]:
-            raise QuantizationError(f"{option} describes synthetic samples; leave it out with --calib")
-    if given["--stacked"] and not (given["--calib"] or given["--eval"]):
+    if given["calib"] and (given["shape"] or given["value_range"]):
+        raise QuantizationError("--shape and --range describe synthetic samples; leave them out with --calib")
+    if given["stacked"] and not (given["calib"] or given["evaluation"]):
         raise QuantizationError("--stacked describes the files of --calib or --eval; give one of them")
 
 
@@ -227,12 +217,13 @@ def _run(
         )
     with Bars(quiet) as bars:
         result = run(model, **settings, listener=bars)
-        paths = result.save(out, external_data=external)
+        sqnr = result.metrics["sqnr_db"]
+        doubtful = sqnr is not None and sqnr < _DOUBTFUL_DB
+        advice = worst_layers(result, out, settings) if doubtful else ""
+        paths = result.save(out, external_data=external)  # last: an interruption before leaves nothing at OUT
     summary = Summary(result, paths, settings)
-    sqnr = result.metrics["sqnr_db"]
-    if sqnr is not None and sqnr < _DOUBTFUL_DB:
-        worst = worst_layers(result, paths.model, settings)
-        summary.warnings.append(f"output '{summary.worst_output}' reaches only {sqnr:.1f} dB SQNR. {worst}")
+    if doubtful:
+        summary.warnings.append(f"output '{summary.worst_output}' reaches only {sqnr:.1f} dB SQNR. {advice}")
     for text in summary.warnings:
         warn(text)
     if as_json:

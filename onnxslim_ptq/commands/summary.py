@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnxslim_ptq.commands.console import db, emit_json, say, size
+from onnxslim_ptq.commands.console import db, emit_json, program, say, size
 from onnxslim_ptq.core.targets import TARGETS
 from onnxslim_ptq.cpu import int8_features, saturates
 
@@ -112,7 +112,7 @@ class Summary:
             samples = f" --eval {shlex.quote(str(self.settings['eval_data']))}"
         models = " ".join(shlex.quote(str(p)) for p in (self.result.source.path, self.paths.model))
         stacked = " --stacked" if self.settings["stacked"] else ""
-        return f"onnxslim-ptq compare {models}{samples}{stacked}  (error of each layer, speed)"
+        return f"{program()} compare {models}{samples}{stacked}  (error of each layer, speed)"
 
     def show_json(self) -> None:
         before, after = self.nbytes

@@ -22,6 +22,7 @@ class Target:
     """One row: types, symmetry, which operators are quantized and which need their output quantized too.
 
     ``output_q``: operators whose integer kernel is only used when the output is quantized as well.
+    ``depthwise_pays``: whether an integer depthwise Conv is faster than the float one between float values.
     ``float16_cast``: a float16 model computes its quantized layers in float32 between casts (no float16 kernels).
     ``optimizes_here``: ONNX Runtime on this machine is the target, so its optimized graph is checked for weights
     that would be dequantized at every run. ``exporter`` is a key of ``export.EXPORTERS`` or None: not available yet.
@@ -35,6 +36,7 @@ class Target:
     per_channel: frozenset[str]
     bias: BiasForm
     float16_cast: bool
+    depthwise_pays: bool
     optimizes_here: bool
     exporter: str | None
     highest_opset: int
@@ -46,15 +48,15 @@ _LINEAR = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 TARGETS: dict[str, Target] = {
     t.name: t
     for t in (
-        Target("cpu", UINT8, False, _LINEAR, frozenset({"Conv"}), _LINEAR, BiasForm.INT32, True, True, "qdq", 25,
+        Target("cpu", UINT8, False, _LINEAR, frozenset({"Conv"}), _LINEAR, BiasForm.INT32, True, False, True, "qdq", 25,
                "ONNX Runtime CPU: signed activations shared by several readers do not fuse on x86"),
-        Target("generic", INT8, False, _LINEAR, frozenset(), _LINEAR, BiasForm.INT32, False, False, "qdq", 25,
+        Target("generic", INT8, False, _LINEAR, frozenset(), _LINEAR, BiasForm.INT32, False, True, False, "qdq", 25,
                "ONNX specification: standard QuantizeLinear and DequantizeLinear only"),
-        Target("tensorrt", INT8, True, _LINEAR, frozenset(), _LINEAR, BiasForm.FLOAT, False, False, "qdq", 25,
+        Target("tensorrt", INT8, True, _LINEAR, frozenset(), _LINEAR, BiasForm.FLOAT, False, True, False, "qdq", 25,
                "TensorRT accepts symmetric int8 only (zero points 0) and no int32 bias behind DequantizeLinear"),
-        Target("openvino", UINT8, False, _LINEAR, frozenset(), _LINEAR, BiasForm.FLOAT, False, False, "qdq", 25,
+        Target("openvino", UINT8, False, _LINEAR, frozenset(), _LINEAR, BiasForm.FLOAT, False, True, False, "qdq", 25,
                "OpenVINO FakeQuantize: u8 activations, symmetric s8 weights"),
-        Target("ascend", INT8, False, _LINEAR, frozenset(), frozenset({"Conv"}), BiasForm.INT32, False, False, None, 17,
+        Target("ascend", INT8, False, _LINEAR, frozenset(), frozenset({"Conv"}), BiasForm.INT32, False, True, False, None, 17,
                "AscendQuant/AscendDequant graphs"),
     )
 }

@@ -14,6 +14,7 @@ from onnxslim_ptq.export.qdq import render_qdq
 from onnxslim_ptq.graph.edit import own_constant
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.linears import Linear
+from onnxslim_ptq.steps.paying import not_paying
 from onnxslim_ptq.steps.placement import Placement, place
 from onnxslim_ptq.workspace import Workspace
 
@@ -34,11 +35,11 @@ def dry_placement(workspace: Workspace, layers: Layers) -> Placement:
     A layer whose weight does not fuse is tried with a quantized output; when that does not help it stays float.
     """
     graph, target = workspace.graph, workspace.target
-    placement = place(graph, layers, target)
+    floats = not_paying(graph, layers, target)
+    placement = place(graph, layers, target, floats=floats)
     if not target.optimizes_here:
         return placement
     with_output: frozenset[str] = frozenset()
-    floats: dict[str, str] = {}
     while placement.layers:
         stuck = unfused_layers(workspace, _dummy_plan(workspace, placement))
         if not stuck:

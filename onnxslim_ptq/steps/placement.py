@@ -15,7 +15,7 @@ from onnxslim_ptq.core.targets import BiasForm, Target
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.linears import Linear
 
-__all__ = ["PlacedTensor", "Placement", "place"]
+__all__ = ["PlacedTensor", "Placement", "after_activation", "place"]
 
 
 @dataclass
@@ -104,7 +104,7 @@ def place(graph: Graph, layers: Mapping[str, tuple[Linear, LayerChoice]], target
 
 def _quantize_output(graph: Graph, placement: Placement, layer: Linear, choice: LayerChoice) -> None:
     """One Q at the value: it is then quantized for every reader, so a reader that wants other numbers shares these."""
-    tensor = _after_activation(graph, graph.node(layer.node), choice)
+    tensor = after_activation(graph, graph.node(layer.node), choice)
     existing = [p for p in placement.tensors.values() if p.tensor == tensor.name]
     if existing:
         kept, *others = existing
@@ -121,7 +121,7 @@ def _quantize_output(graph: Graph, placement: Placement, layer: Linear, choice: 
     placement.tensors[key] = PlacedTensor(key, tensor.name, spec, choice, producers=[layer], at_result=True)
 
 
-def _after_activation(graph: Graph, node: gs.Node, choice: LayerChoice) -> gs.Tensor:
+def after_activation(graph: Graph, node: gs.Node, choice: LayerChoice) -> gs.Tensor:
     """The output of ``node``, or of a Relu or Clip(0, ..) that alone reads it: integer kernels absorb those when the
     lowest code means 0."""
     output = node.outputs[0]

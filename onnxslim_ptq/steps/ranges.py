@@ -37,7 +37,7 @@ def range_probes(placed: PlacedTensor) -> list[Probe]:
     method = placed.choice.range
     kinds: tuple[str, ...] = ("histogram",) if isinstance(method, str) else method.kinds
     # Whatever the method, NaN and Inf are counted and named; a histogram's extent or minmax does that.
-    watch = () if any(k in ("histogram", "minmax", "series", "channel") for k in kinds) else ("minmax",)
+    watch = () if "histogram" in kinds or "minmax" in kinds else ("minmax",)
     return [range_probe(placed.tensor, kind) for kind in (*kinds, *watch)]
 
 

@@ -33,7 +33,7 @@ def test_a_person_reads_it(quantized: str, capsys: Captured) -> None:
     text, errors = capsys.readouterr()
     assert errors == ""
     assert text.startswith("measured on 8 held-out samples\n")
-    assert "the 9 worst of 9 quantized layers" in text
+    assert "9 quantized layers, worst first" in text
     assert "x as fast" in text
     assert "int8 weights: 9, of which 0 get no integer kernel" in text
 

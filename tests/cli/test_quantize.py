@@ -142,7 +142,7 @@ BAD = {
     "shape with data": (
         [MODEL, "OUT", "--calib", CALIB, "--shape", "image:1x1x8x8"],
         2,
-        "leave it out with --calib",
+        "leave them out with --calib",
     ),
     "stacked without data": ([MODEL, "OUT", "--stacked"], 2, "--calib or --eval"),
     "quiet and verbose": ([MODEL, "OUT", "-q", "-v"], 2, "exclude each other"),
@@ -211,7 +211,7 @@ def test_dry_run_writes_nothing(tmp_path: Path, capsys: Captured) -> None:
     out = tmp_path / "made" / "m.onnx"
     assert main([MODEL, str(out), "--calib", CALIB, "--dry-run", "--exclude", "op:Gemm"]) == 0
     text = capsys.readouterr().out
-    assert "9 would be quantized (9 Conv), 1 stay float" in text
+    assert "9 would be quantized (9 Conv), 1 float" in text
     assert "excluded by pattern 'op:Gemm': /fc/Gemm" in text
     assert f"would write: {out}, {out.with_suffix('.json')}" in text
     assert list(tmp_path.iterdir()) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -66,6 +67,24 @@ def test_the_latency_goal_compares_only_with_results_as_accurate_as_ours() -> No
 def test_a_tool_that_failed_misses_and_a_tool_that_did_not_run_is_open() -> None:
     assert [v.kept for v in judge(table(Row(OURS, "default", error="died")))] == [False]
     assert [v.kept for v in judge(table())] == [None]
+
+
+def test_a_result_that_the_tool_refuses_is_measured_and_misses(tmp_path: Path) -> None:
+    class Refusing(Bench):
+        def __init__(self) -> None:
+            self.model, self.folder, self.table, self._files = "cls", tmp_path, table(), []
+
+        def job(self, do: str, what: str, **arguments: Any) -> dict:
+            if do == "quantize" and not arguments["setting"]["options"]:
+                raise JobError("VerificationError: 4.1 dB")
+            done = {"quantize_s": 1.0, "forward_s": 1.0, "peak_mb": 1.0, "size_mb": 1.0, "note": ""}
+            return {**done, "metrics": {"accuracy": 0.975}, "sqnr": 4.1}
+
+    bench = Refusing()
+    bench.ours("w8a8", "default")
+    (row,) = bench.table.rows
+    assert (row.sqnr, row.error, row.refused) == (4.1, "", "VerificationError: 4.1 dB")
+    assert judge(bench.table)[0].kept is False
 
 
 def test_every_goal_names_a_model_that_is_measured_and_one_bound() -> None:

@@ -36,9 +36,17 @@ class Bench:
         return run_job({"do": do, "model": self.model, **arguments}, self.limits)
 
     def ours(self, recipe: str, label: str, **options: Any) -> None:
-        """Add the row of our tool with a ready recipe."""
-        setting = {"recipe": recipe, "options": options}
-        self._run(Row(OURS, label), [({}, "")], {"tool": "ours", "setting": setting})
+        """Add the row of our tool with a ready recipe; a result that it refuses to write is still measured."""
+        row = self._ours(recipe, label, options)
+        if row.error.startswith("VerificationError") and "min_sqnr" not in options:
+            self.table.rows.remove(row)
+            refused, row = row.error, self._ours(recipe, label, {**options, "min_sqnr": 0})
+            row.refused, row.note = refused, "--min-sqnr 0, without it the tool refuses to write the result"
+
+    def _ours(self, recipe: str, label: str, options: dict[str, Any]) -> Row:
+        row, setting = Row(OURS, label), {"recipe": recipe, "options": options}
+        self._run(row, [({}, "")], {"tool": "ours", "setting": setting})
+        return row
 
     def peer(self, setting: Setting) -> None:
         """Add the row of `quantize_static`, with fewer samples when it cannot live with all of them."""

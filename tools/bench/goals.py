@@ -55,6 +55,8 @@ def judge(table: Table) -> list[Verdict]:
         why = row.error if row else "not run"
         return [Verdict(table.model, "quantizes and runs", "", why, False if row else None)]
     verdicts = [general(table, row) for general in _GENERAL]
+    if row.refused:
+        verdicts.insert(0, Verdict(table.model, "default settings write a result", "", row.refused, False))
     return verdicts + [_own(goal, table, row) for goal in GOALS if goal.model == table.model]
 
 

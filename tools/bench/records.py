@@ -26,6 +26,7 @@ class Row:
     latency: float | None = None
     note: str = ""
     error: str = ""
+    refused: str = ""  # why the tool would not write this result without being told to
 
 
 @dataclass

@@ -24,7 +24,8 @@ W8A8 from the same 64 calibration samples, on the CPU. Every run has its own pro
 - `latency`: over the float model's; medians of rounds in which all models take turns, 2 threads, one sample.
 
 `quantize_static` gets its best settings: constants lifted, opset 13 or newer, `quant_pre_process`, `per_channel`,
-uint8 activations, int8 weights. One row shows its defaults on the file as shipped. Where it cannot take all samples,
+uint8 activations, int8 weights (symbolic shape inference where sympy is installed and copes with the model). One row
+shows its defaults on the file as shipped. Where it cannot take all samples,
 the row says with which ones it worked.
 """
 _RANGES = """## Ready recipes
