@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # One stamp per set of extras: installed again when the metadata changes.
 TEST_READY  := $(VENV)/.ready-test
 DEV_READY   := $(VENV)/.ready-dev
-BENCH_READY := $(VENV)/.ready-bench
+ZOO_READY   := $(VENV)/.ready-zoo
 METADATA    := setup.cfg pyproject.toml
 
 .PHONY: help demo test test-all lint format bench clean
@@ -24,10 +24,10 @@ help: ## this list
 demo: $(TEST_READY) ## quantize a small trained network and measure it (result in demo-out/)
 	@$(BIN)/python tools/demo.py $(ARGS)
 
-test: $(TEST_READY) ## the test suite, a few minutes
+test: $(ZOO_READY) ## the test suite, a few minutes; real models are fetched once, without a network they skip
 	@$(BIN)/python -m pytest $(ARGS)
 
-test-all: $(TEST_READY) ## every test, slow ones too
+test-all: $(ZOO_READY) ## every test, slow ones too
 	@$(BIN)/python -m pytest -m "" $(ARGS)
 
 lint: $(DEV_READY) ## ruff and mypy, changes nothing
@@ -39,7 +39,7 @@ format: $(DEV_READY) ## rewrite the sources in the project's style
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: $(BENCH_READY) ## the benchmarks of docs/benchmarks.md
+bench: $(ZOO_READY) ## the benchmarks of docs/benchmarks.md
 	@$(BIN)/python -m tools.bench $(ARGS)
 
 clean: ## remove the virtual environment, caches and results
@@ -67,7 +67,7 @@ $(DEV_READY): $(METADATA) | $(BIN)/python
 	@$(PIP) install -e '.[cpu,test,dev]'
 	@touch $@
 
-$(BENCH_READY): $(METADATA) | $(BIN)/python
+$(ZOO_READY): $(METADATA) | $(BIN)/python
 	@echo "installing the package with its cpu, test and zoo extras" >&2
 	@$(PIP) install -e '.[cpu,test,zoo]'
 	@touch $@

@@ -26,6 +26,7 @@ class SessionOptions:
 
     ``optimize`` is off | basic | all; ``simulate`` keeps ONNX Runtime from quantizing float weights behind a
     quantized activation by itself (its WeightBiasQuantization optimizer), which a simulation must not do.
+    ``frugal`` gives memory back as soon as a value dies, for sessions that run a few times beside others.
     ``write_optimized`` is where ONNX Runtime leaves the graph as it will really run.
     """
 
@@ -33,6 +34,7 @@ class SessionOptions:
     simulate: bool = False
     threads: int = 0
     write_optimized: Path | None = None
+    frugal: bool = False
 
 
 class Optimize:
@@ -47,11 +49,15 @@ def runtime() -> ModuleType:
         module = importlib.import_module("onnxruntime")
     except ImportError as error:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else "import failed"
-        raise DeviceError(f"onnxruntime cannot be imported ({reason}); install exactly one: "
-                          "pip install 'onnxslim_ptq[cpu]' or 'onnxslim_ptq[cann]'") from None
+        raise DeviceError(
+            f"onnxruntime cannot be imported ({reason}); install exactly one: "
+            "pip install 'onnxslim_ptq[cpu]' or 'onnxslim_ptq[cann]'"
+        ) from None
     if not hasattr(module, "InferenceSession"):
-        raise DeviceError("onnxruntime is installed but gutted (two of its distributions share one folder); cure: "
-                          "pip uninstall onnxruntime onnxruntime-cann, then install one of them")
+        raise DeviceError(
+            "onnxruntime is installed but gutted (two of its distributions share one folder); cure: "
+            "pip uninstall onnxruntime onnxruntime-cann, then install one of them"
+        )
     return module
 
 
@@ -63,9 +69,13 @@ def require_device(device: str) -> str:
     provider = _PROVIDERS[kind]
     available = runtime().get_available_providers()
     if provider not in available:
-        cure = {"npu": "pip install 'onnxslim_ptq[cann]' on a host with the CANN toolkit",
-                "cuda": "install an onnxruntime build with CUDA"}.get(kind, "reinstall onnxruntime")
-        raise DeviceError(f"device '{device}' is not available: this onnxruntime has {', '.join(available)}; {cure}")
+        cure = {
+            "npu": "pip install 'onnxslim_ptq[cann]' on a host with the CANN toolkit",
+            "cuda": "install an onnxruntime build with CUDA",
+        }.get(kind, "reinstall onnxruntime")
+        raise DeviceError(
+            f"device '{device}' is not available: this onnxruntime has {', '.join(available)}; {cure}"
+        )
     if kind != "cpu":
         raise DeviceError(f"device '{device}' is not available yet in this version; use --device cpu")
     return provider
@@ -93,6 +103,9 @@ def create_session(
         Optimize.BASIC: levels.ORT_ENABLE_BASIC,
         Optimize.ALL: levels.ORT_ENABLE_ALL,
     }[options.optimize]
+    if options.frugal:
+        settings.enable_cpu_mem_arena = False
+        settings.enable_mem_pattern = False
     if options.write_optimized is not None:
         settings.optimized_model_filepath = str(options.write_optimized)
         # Weights go beside the structure, which is all that anyone reads back.
@@ -108,8 +121,12 @@ def create_session(
         source = str(model) if isinstance(model, Path) else model
         session = ort.InferenceSession(source, settings, providers=[provider], disabled_optimizers=disabled)
     except Exception as error:  # ONNX Runtime raises many classes; their text is what the user needs
-        raise GraphError(f"ONNX Runtime {ort.__version__} cannot load the model: {_one_line(error)}") from None
-    session.shared_weights = shared  # the session reads them where they lie, so they must live as long as it does
+        raise GraphError(
+            f"ONNX Runtime {ort.__version__} cannot load the model: {_one_line(error)}"
+        ) from None
+    session.shared_weights = (
+        shared  # the session reads them where they lie, so they must live as long as it does
+    )
     return session
 
 

@@ -32,7 +32,7 @@ Listener = Callable[[Progress], None]
 
 
 def tap(model: Model, tensors: Sequence[str], *, keep_outputs: bool = False) -> onnx.ModelProto:
-    """The skeleton with ``tensors`` as graph outputs (after the model's own when ``keep_outputs``); weights not copied."""
+    """The skeleton with ``tensors`` as outputs (after its own when ``keep_outputs``); weights are not copied."""
     tapped = onnx.ModelProto()
     tapped.CopyFrom(model.proto)
     known = {v.name: v for v in model.proto.graph.output}
@@ -72,7 +72,9 @@ def collect(
     fed = [name for name in by_tensor if name in inputs]
     if not tapped:  # a session needs an output; the model's own will do
         tapped = [model.proto.graph.output[0].name]
-    session = create_session(tap(model, tapped).SerializeToString(), model.weights, device=device, options=options)
+    session = create_session(
+        tap(model, tapped).SerializeToString(), model.weights, device=device, options=options
+    )
     total, done = len(data), 0
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
         for sample, feed in data:

@@ -62,10 +62,14 @@ class Result:
         proto = onnx.ModelProto()
         proto.CopyFrom(self.quantized.proto)
         if sum(w.nbytes for w in self.quantized.weights.values()) > 2**31 - 2**20:
-            raise GraphError("the quantized model is above 2 GB, more than one protobuf holds; use save(path)")
+            raise GraphError(
+                "the quantized model is above 2 GB, more than one protobuf holds; use save(path)"
+            )
         for tensor in proto.graph.initializer:
             if tensor.name in self.quantized.weights:
-                array = onnx.numpy_helper.from_array(np.ascontiguousarray(to_array(tensor, self.quantized.weights)))
+                array = onnx.numpy_helper.from_array(
+                    np.ascontiguousarray(to_array(tensor, self.quantized.weights))
+                )
                 array.name = tensor.name
                 tensor.CopyFrom(array)
         return proto
@@ -95,8 +99,10 @@ class Result:
         names = [o.name for o in self.source.proto.graph.output]
         for name, y, z in zip(names, expected, run_session(session, names, feed, _FIRST), strict=True):
             if not _same(leaves(y), leaves(z)):
-                raise VerificationError(f"the written model answers '{name}' differently from the one that was verified; "
-                                        "check the disk and try again")
+                raise VerificationError(
+                    f"the written model answers '{name}' differently from the one that was verified; "
+                    "check the disk and try again"
+                )
 
 
 def _same(ys: Sequence[Array], zs: Sequence[Array]) -> bool:
@@ -143,8 +149,10 @@ def quantize(
     if row is None:
         raise RecipeError(f"target '{target}' is unknown; use one of {', '.join(TARGETS)}")
     if row.exporter is None:
-        raise RecipeError(f"target '{row.name}' is not available yet; "
-                          f"available: {', '.join(n for n, t in TARGETS.items() if t.exporter)}")
+        raise RecipeError(
+            f"target '{row.name}' is not available yet; "
+            f"available: {', '.join(n for n, t in TARGETS.items() if t.exporter)}"
+        )
     if nan not in _NAN_POLICIES:
         raise RecipeError(f"nan: '{nan}' is unknown; use one of {', '.join(_NAN_POLICIES)}")
     require_device(device)
@@ -153,8 +161,20 @@ def quantize(
         raise RecipeError(f"reduce_range: '{reduce_range}' is unknown; use auto, on or off")
     source = open_model(model)
     data = _Data(source, calib_data, eval_data, samples, stacked, shapes, ranges, seed)
-    job = Job(source, loaded, row, data.calibration, data.evaluation, device, threads, nan, reduced,
-              allow_quantized, min_sqnr, listener)
+    job = Job(
+        source,
+        loaded,
+        row,
+        data.calibration,
+        data.evaluation,
+        device,
+        threads,
+        nan,
+        reduced,
+        allow_quantized,
+        min_sqnr,
+        listener,
+    )
     outcome = run(job)
     return _result(job, outcome, data, seed)
 
@@ -162,12 +182,22 @@ def quantize(
 class _Data:
     """Calibration and evaluation samples, and where the measurement was made."""
 
-    def __init__(self, source: Model, calib: Any, evaluation: Any, samples: int | None, stacked: bool,
-                 shapes: Mapping[str, tuple[int, ...]] | None, ranges: Mapping[str, tuple[float, float]] | None,
-                 seed: int) -> None:
+    def __init__(
+        self,
+        source: Model,
+        calib: Any,
+        evaluation: Any,
+        samples: int | None,
+        stacked: bool,
+        shapes: Mapping[str, tuple[int, ...]] | None,
+        ranges: Mapping[str, tuple[float, float]] | None,
+        seed: int,
+    ) -> None:
         inputs = source.inputs()
         if calib is None:
-            everything: Dataset = synthetic(inputs, count=samples or 8, shapes=shapes, ranges=ranges, seed=seed)
+            everything: Dataset = synthetic(
+                inputs, count=samples or 8, shapes=shapes, ranges=ranges, seed=seed
+            )
         else:
             everything = _dataset(calib, inputs, stacked)
             if samples is not None:
@@ -205,16 +235,27 @@ def _result(job: Job, outcome: Outcome, data: _Data, seed: int) -> Result:
     }
     tools = {"onnxslim_ptq": __version__, "onnxruntime": runtime().__version__, "onnx": _version("onnx")}
     context = Context(
-        source=job.source.path.name if job.source.path else "model.onnx", source_sha256=job.source.sha256,
-        quant_type=QUANT_TYPE, target=job.target.name, tool=tools, recipe=job.recipe.dump(),
-        calibration=Calibration(data.samples, job.device, fingerprint(job.calibration)), seed=seed, metrics=metrics,
+        source=job.source.path.name if job.source.path else "model.onnx",
+        source_sha256=job.source.sha256,
+        quant_type=QUANT_TYPE,
+        target=job.target.name,
+        tool=tools,
+        recipe=job.recipe.dump(),
+        calibration=Calibration(data.samples, job.device, fingerprint(job.calibration)),
+        seed=seed,
+        metrics=metrics,
     )
-    names = [o.name for o in job.source.proto.graph.output]
-    sample, feed = next(iter(job.evaluation))
-    session = create_session(outcome.quantized.proto.SerializeToString(), outcome.quantized.weights)
-    first = (feed, run_session(session, names, feed, sample))
-    return Result(outcome.quantized, outcome.graph, job.source, job.recipe, outcome.plan, metrics, outcome.notes,
-                  context, first)
+    return Result(
+        outcome.quantized,
+        outcome.graph,
+        job.source,
+        job.recipe,
+        outcome.plan,
+        metrics,
+        outcome.notes,
+        context,
+        verified.first,
+    )
 
 
 def _version(package: str) -> str:

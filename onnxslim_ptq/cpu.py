@@ -16,7 +16,9 @@ def int8_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
         lines = cpuinfo.read_text(errors="replace").splitlines()
     except OSError:
         return []
-    flags = next((set(x.split(":", 1)[1].split()) for x in lines if x.lower().startswith(("flags", "features"))), set())
+    flags = next(
+        (set(x.split(":", 1)[1].split()) for x in lines if x.lower().startswith(("flags", "features"))), set()
+    )
     return [f for f in _FEATURES if f in flags]
 
 

@@ -15,8 +15,9 @@ from onnxslim_ptq.core.choice import LayerChoice
 from onnxslim_ptq.core.dtypes import int_type
 from onnxslim_ptq.core.match import Layer
 from onnxslim_ptq.core.spec import QuantPlan
-from onnxslim_ptq.core.targets import TARGETS, Target
+from onnxslim_ptq.core.targets import BiasForm, Target
 from onnxslim_ptq.errors import RecipeError, VerificationError
+from onnxslim_ptq.export.fusion import guard_float_layers
 from onnxslim_ptq.export.qdq import render_qdq
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.linears import Linear, find_linears
@@ -68,7 +69,9 @@ def run(job: Job) -> Outcome:
     notes: list[str] = []
     graph = _float_graph(job, notes)
     layers, skipped = _choices(job, graph)
-    workspace = Workspace(graph, job.target, job.calibration, job.device, job.threads, job.reduce_range, job.listener)
+    workspace = Workspace(
+        graph, job.target, job.calibration, job.device, job.threads, job.reduce_range, job.listener
+    )
     placement = dry_placement(workspace, layers)
     _require_layers(job, placement.layers, {**skipped, **placement.skipped})
     placement, stats = _statistics(job, workspace, placement, layers, notes)
@@ -78,7 +81,16 @@ def run(job: Job) -> Outcome:
     plan.skipped = {**skipped, **placement.skipped, **plan.skipped}
     _require_layers(job, plan.weights, plan.skipped)
     notes += graph.notes + plan.notes
-    verification = verify(job.source, quantized, job.evaluation, threads=job.threads, listener=job.listener)
+    workspace.memo.clear()  # histograms are no longer needed
+    del stats
+    verification = verify(
+        job.source,
+        quantized,
+        job.evaluation,
+        threads=job.threads,
+        foreign=job.target.bias is BiasForm.FLOAT,
+        listener=job.listener,
+    )
     _require(job, verification)
     return Outcome(quantized, graph, plan, verification, notes + verification.warnings)
 
@@ -93,8 +105,10 @@ def _require_layers(job: Job, layers: Collection[object], skipped: Mapping[str, 
 def _float_graph(job: Job, notes: list[str]) -> Graph:
     integer = already_quantized(job.source)
     if integer and not job.allow_quantized:
-        raise GraphError(f"{job.source.name} is already quantized (node '{integer[0]}' and {len(integer) - 1} more); "
-                         "give the float model, or --allow-quantized to quantize only its float part")
+        raise GraphError(
+            f"{job.source.name} is already quantized (node '{integer[0]}' and {len(integer) - 1} more); "
+            "give the float model, or --allow-quantized to quantize only its float part"
+        )
     before = Graph(job.source).opset
     model = raise_opset(job.source, _PER_CHANNEL_OPSET)
     graph = Graph(model)
@@ -112,8 +126,11 @@ def _choices(job: Job, graph: Graph) -> tuple[dict[str, tuple[Linear, LayerChoic
     named = [Layer(lin.node, lin.op, lin.weight_name, _original(lin.node, given)) for lin in linears]
     others = [Layer(name, graph.node(name).op, original=_original(name, given)) for name in reasons]
     resolution = resolve(job.recipe, named, others)
-    chosen = {lin.node: (lin, _choice(resolution.configs[lin.node], job.target))
-              for lin in linears if lin.node in resolution.configs}
+    chosen = {
+        lin.node: (lin, _choice(resolution.configs[lin.node], job.target))
+        for lin in linears
+        if lin.node in resolution.configs
+    }
     return chosen, {**reasons, **resolution.skipped}
 
 
@@ -128,15 +145,28 @@ def _choice(config: LayerConfig, target: Target) -> LayerChoice:
     dtype = target.activation if act.dtype == "auto" else int_type(act.dtype)
     symmetric = target.symmetric_activation if act.symmetric == "auto" else bool(act.symmetric)
     if target.symmetric_activation and (not symmetric or dtype is not target.activation):
-        raise RecipeError(f"recipe: steps[{config.step}].act: target '{target.name}' takes symmetric "
-                          f"{target.activation} activations only; leave dtype and symmetric at auto")
+        raise RecipeError(
+            f"recipe: steps[{config.step}].act: target '{target.name}' takes symmetric "
+            f"{target.activation} activations only; leave dtype and symmetric at auto"
+        )
     method = act.range.build()
-    return LayerChoice(dtype, symmetric, method if method is not None else act.range.type, act.range.type,
-                       config.weight.per == "channel", config.bias_correction)
+    return LayerChoice(
+        dtype,
+        symmetric,
+        method if method is not None else act.range.type,
+        act.range.type,
+        config.weight.per == "channel",
+        config.bias_correction,
+    )
 
 
-def _statistics(job: Job, workspace: Workspace, placement: Placement, layers: Mapping[str, tuple[Linear, LayerChoice]],
-                notes: list[str]) -> tuple[Placement, dict[Probe, Stats]]:
+def _statistics(
+    job: Job,
+    workspace: Workspace,
+    placement: Placement,
+    layers: Mapping[str, tuple[Linear, LayerChoice]],
+    notes: list[str],
+) -> tuple[Placement, dict[Probe, Stats]]:
     stats = workspace.collect(quantize.probes(workspace, placement))
     bad = {p.tensor: e for p, s in stats.items() if (e := _extent(s)) is not None and e.nan + e.inf}
     if not bad or job.nan == "ignore":
@@ -144,7 +174,9 @@ def _statistics(job: Job, workspace: Workspace, placement: Placement, layers: Ma
         return placement, stats
     tensor, extent = next(iter(bad.items()))
     if job.nan == "error":
-        raise CalibrationError(f"tensor '{tensor}': {_health(extent)}; fix the sample, or use --nan ignore or exclude-layer")
+        raise CalibrationError(
+            f"tensor '{tensor}': {_health(extent)}; fix the sample, or use --nan ignore or exclude-layer"
+        )
     floats = dict(placement.skipped)
     for placed in placement.tensors.values():
         if placed.tensor in bad:
@@ -155,7 +187,9 @@ def _statistics(job: Job, workspace: Workspace, placement: Placement, layers: Ma
 
 
 def _extent(stat: Stats) -> MinMaxStats | None:
-    return stat if isinstance(stat, MinMaxStats) else stat.extent if isinstance(stat, HistogramStats) else None
+    return (
+        stat if isinstance(stat, MinMaxStats) else stat.extent if isinstance(stat, HistogramStats) else None
+    )
 
 
 def _health(extent: MinMaxStats) -> str:
@@ -171,12 +205,15 @@ def _rendered(job: Job, workspace: Workspace, placement: Placement, plan: QuantP
             break
         for name in slow:
             leave_float(plan, placement, workspace.graph, name)
-    return render_qdq(workspace.model(), plan, job.target)
+    rendered = render_qdq(workspace.model(), plan, job.target)
+    return guard_float_layers(rendered) if job.target.optimizes_here else rendered
 
 
 def _require(job: Job, verification: Verification) -> None:
     sqnr = verification.sqnr
     if sqnr is not None and job.min_sqnr > 0 and sqnr < job.min_sqnr:
         worst = min((e for e in verification.outputs if e.sqnr is not None), key=lambda e: e.sqnr or 0.0)
-        raise VerificationError(f"output '{worst.name}' reaches {sqnr:.1f} dB SQNR, below --min-sqnr {job.min_sqnr:g}; "
-                                "calibrate with representative samples, exclude sensitive layers, or lower --min-sqnr")
+        raise VerificationError(
+            f"output '{worst.name}' reaches {sqnr:.1f} dB SQNR, below --min-sqnr {job.min_sqnr:g}; "
+            "calibrate with representative samples, exclude sensitive layers, or lower --min-sqnr"
+        )

@@ -54,8 +54,14 @@ class Workspace:
         missing = [p for p in wanted if (p, self.version) not in self.memo]
         if missing:
             options = SessionOptions(threads=self.threads)
-            found = collect(self.model(), missing, self.calibration, device=self.device, options=options,
-                            listener=self.listener)
+            found = collect(
+                self.model(),
+                missing,
+                self.calibration,
+                device=self.device,
+                options=options,
+                listener=self.listener,
+            )
             self.memo.update({(p, self.version): s for p, s in found.items()})
         return {p: self.memo[p, self.version] for p in wanted}
 
@@ -74,8 +80,11 @@ class Judge:
         options = SessionOptions(threads=threads, simulate=True)
         plain = create_session(tap(model, names).SerializeToString(), model.weights, options=options)
         self._reference = [self._centred(run_session(plain, names, feed, sample)) for sample, feed in samples]
+        del plain  # its memory serves the simulating session
         simulated = simulation.model
-        self._session = create_session(tap(simulated, names).SerializeToString(), simulated.weights, options=options)
+        self._session = create_session(
+            tap(simulated, names).SerializeToString(), simulated.weights, options=options
+        )
 
     def score(self, params: Mapping[str, QParams]) -> float:
         """Mean over the judged tensors of their SQNR in dB (each capped at 100 dB), pooled over the samples."""
@@ -84,8 +93,8 @@ class Judge:
         for (sample, feed), exact in zip(self._samples, self._reference, strict=True):
             seen = self._centred(run_session(self._session, list(self._judged), {**feed, **extra}, sample))
             for i, (y, z) in enumerate(zip(exact, seen, strict=True)):
-                known = np.isfinite(y)  # elsewhere the float model itself has no answer
-                y, z = y[known], z[known]
+                finite = np.isfinite(y)  # elsewhere the float model itself has no answer
+                y, z = y[finite], z[finite]
                 signal[i] += y @ y
                 noise[i] += (y - z) @ (y - z)
         scores = [sqnr_db(float(s), float(n)) for s, n in zip(signal, noise, strict=True)]
@@ -98,7 +107,9 @@ class Judge:
         for value, axis in zip(values, self._judged.values(), strict=True):
             exact = value.astype(np.float64) if _is_float(value) else np.zeros(0)
             with np.errstate(invalid="ignore"):  # a mean of infinities is NaN, which is passed over
-                found.append(exact if axis is None or not exact.size else exact - exact.mean(axis=axis, keepdims=True))
+                found.append(
+                    exact if axis is None or not exact.size else exact - exact.mean(axis=axis, keepdims=True)
+                )
         return found
 
 

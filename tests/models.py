@@ -14,7 +14,17 @@ from calib.types import Array, Feed
 from onnxslim_ptq import Result, quantize
 from tests.graph.models import feed_for, parse
 
-__all__ = ["cnn", "feeds_for", "mlp", "outputs_of", "parse", "quantized", "session_of", "sqnr_of", "weights_of"]
+__all__ = [
+    "cnn",
+    "feeds_for",
+    "mlp",
+    "outputs_of",
+    "parse",
+    "quantized",
+    "session_of",
+    "sqnr_of",
+    "weights_of",
+]
 
 # The lowest IR version each opset was released with.
 _IR = {7: 3, 9: 4, 11: 6, 12: 7, 13: 7, 15: 8, 17: 8, 18: 8, 19: 9, 21: 10, 23: 11}
@@ -33,7 +43,9 @@ def weights_of(seed: int = 0, **shapes: tuple[int, ...]) -> dict[str, NDArray[np
 
 def cnn(opset: int = 17) -> onnx.ModelProto:
     """Conv, Relu, depthwise Conv, residual Add, pooling, Gemm; dynamic batch and size."""
-    weights = weights_of(1, w1=(8, 3, 3, 3), b1=(8,), w2=(8, 1, 3, 3), b2=(8,), w3=(8, 8, 1, 1), w4=(8, 5), b4=(5,))
+    weights = weights_of(
+        1, w1=(8, 3, 3, 3), b1=(8,), w2=(8, 1, 3, 3), b2=(8,), w3=(8, 8, 1, 1), w4=(8, 5), b4=(5,)
+    )
     body = """g (float[N,3,H,W] x) => (float[N,5] y) {
         [conv1] c1 = Conv <pads = [1, 1, 1, 1]> (x, w1, b1)
         [relu1] r1 = Relu (c1)
@@ -65,7 +77,9 @@ def mlp(opset: int = 17) -> onnx.ModelProto:
     return parse(body, weights, opset, max(_IR.get(opset, 8), 4))
 
 
-def feeds_for(proto: onnx.ModelProto, count: int = 16, sizes: Mapping[str, int] | None = None, seed: int = 0) -> list[Feed]:
+def feeds_for(
+    proto: onnx.ModelProto, count: int = 16, sizes: Mapping[str, int] | None = None, seed: int = 0
+) -> list[Feed]:
     """``count`` samples of normal values; dynamic dimensions are 3, or as in ``sizes``."""
     return [feed_for(proto, seed * 1000 + i, {"H": 8, "W": 8, **(sizes or {})}) for i in range(count)]
 

@@ -18,7 +18,6 @@ from calib.types import Array, Probe, SampleId, Stats
 __all__ = ["HistogramStats"]
 
 _CHUNK = 1 << 18  # bincount widens its input to 8 bytes per element; this keeps that copy in the L2 cache
-_SMALL = 1 << 12  # below this, adding one by one beats producing 65536 counters
 _UPPER_HALF = 1 if sys.byteorder == "little" else 0
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -28,8 +27,8 @@ class HistogramStats:
 
     Any shape, any real dtype (a float64 is rounded to float32 for its key only). ``extent`` is a `MinMaxStats`:
     exact lo and hi, counts of NaN and Inf, the first bad sample. State: ``counts`` int64 [65536], ``every`` and
-    ``most`` int64 0-d, and the state of ``extent``. Integer counters make merging exact in any order; mean and deviation are
-    computed from the counters (`Bins.mean`, `Bins.std`) so that they share this property.
+    ``most`` int64 0-d, and the state of ``extent``. Integer counters make merging exact in any order; mean and
+    deviation are computed from the counters (`Bins.mean`, `Bins.std`) so that they share this property.
 
     Option ``every`` = k: count each k-th element only (lo, hi, NaN and Inf still see all of them). k is raised
     until coprime with the tensor's size, else a k dividing the row length would look at a few channels only.
@@ -47,7 +46,14 @@ class HistogramStats:
                 f"histogram option every: expected a whole number >= 1, got {options['every']}"
             )
         self.extent = MinMaxStats()
-        self.counts: NDArray[np.int64] = np.zeros(KEYS, np.int64)
+        self._counts: NDArray[np.int64] = np.zeros(KEYS, np.int64)
+        self._pending: list[NDArray[np.uint16]] = []
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """The counters, int64 [65536]."""
+        self._flush()
+        return self._counts
 
     @property
     def lo(self) -> float:
@@ -78,26 +84,35 @@ class HistogramStats:
                 part = np.clip(part, -_FLOAT32_MAX, _FLOAT32_MAX)
             part = part.astype(np.float32)
         keys = part.view(np.uint16)[_UPPER_HALF::2] if part.flags.c_contiguous else _strided_keys(part)
-        if keys.size < _SMALL:
-            np.add.at(self.counts, keys, 1)
-        else:
-            found = np.bincount(keys)
-            self.counts[: len(found)] += found
+        # Producing 65536 counters costs more than counting a few thousand keys: those wait for company.
+        self._pending.append(keys.copy())
+        if sum(k.size for k in self._pending) >= KEYS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._pending:
+            found = np.bincount(np.concatenate(self._pending))
+            self._counts[: len(found)] += found
+            self._pending.clear()
 
     def merge(self, other: Stats) -> None:
         """Add what ``other`` has seen; TypeError for another statistic, CalibrationError for another ``every``."""
         if not isinstance(other, HistogramStats):
             raise TypeError(f"cannot merge {type(other).__name__} into HistogramStats")
-        if other.every != self.every:
+        if (other.every, other.most) != (self.every, self.most):
             raise CalibrationError(
-                f"cannot merge histograms counting every {self.every} and every {other.every}"
+                f"cannot merge histograms counting every {self.every} (most {self.most}) "
+                f"and every {other.every} (most {other.most})"
             )
         self.extent.merge(other.extent)
-        self.counts += other.counts
+        self._counts += other.counts
 
     def state(self) -> dict[str, Array]:
         """Return the arrays described in the class docstring."""
-        options: dict[str, Array] = {"every": np.array(self.every, np.int64), "most": np.array(self.most, np.int64)}
+        options: dict[str, Array] = {
+            "every": np.array(self.every, np.int64),
+            "most": np.array(self.most, np.int64),
+        }
         return {**self.extent.state(), "counts": self.counts.copy(), **options}
 
     @classmethod
@@ -106,7 +121,7 @@ class HistogramStats:
         new = cls()
         new.extent = MinMaxStats.from_state(state)
         new.every, new.most = int(state["every"]), int(state["most"])
-        new.counts = state["counts"].astype(np.int64)
+        new._counts = state["counts"].astype(np.int64)
         return new
 
     def bins(self) -> Bins:

@@ -31,7 +31,11 @@ class Patch:
     def options(self) -> tuple[tuple[str, float], ...]:
         """The window as probe options ``k0, s0, d0, b0, e0, k1, …``."""
         axes = zip(self.kernel, self.strides, self.dilations, self.begin, self.end, strict=True)
-        return tuple((f"{key}{i}", float(v)) for i, values in enumerate(axes) for key, v in zip("ksdbe", values, strict=True))
+        return tuple(
+            (f"{key}{i}", float(v))
+            for i, values in enumerate(axes)
+            for key, v in zip("ksdbe", values, strict=True)
+        )
 
     @classmethod
     def from_options(cls, options: Mapping[str, float]) -> Patch:
@@ -88,11 +92,17 @@ class RowStats:
         places = self.patch.places(sizes)
         if len(sizes) != len(self.patch.kernel) or not all(places):
             return []
-        return [self._patch(x[draw.integers(len(x))], [int(draw.integers(n)) for n in places]) for _ in range(self.each)]
+        return [
+            self._patch(x[draw.integers(len(x))], [int(draw.integers(n)) for n in places])
+            for _ in range(self.each)
+        ]
 
     def _patch(self, image: Array, place: list[int]) -> NDArray[np.float32]:
         p = self.patch
-        where = [i * s - b + np.arange(k) * d for i, k, s, d, b in zip(place, p.kernel, p.strides, p.dilations, p.begin, strict=True)]
+        where = [
+            i * s - b + np.arange(k) * d
+            for i, k, s, d, b in zip(place, p.kernel, p.strides, p.dilations, p.begin, strict=True)
+        ]
         inside = [(w >= 0) & (w < n) for w, n in zip(where, image.shape[1:], strict=True)]
         window = np.zeros((image.shape[0], *p.kernel), np.float32)
         channels = np.arange(image.shape[0])

@@ -12,7 +12,7 @@ from onnxslim_ptq.core.qmath import sqnr_db
 
 __all__ = ["Output", "OutputError", "leaves", "worst_sqnr"]
 
-Output = Array | list[Any] | dict[Any, Any]  # a tensor, or a sequence or map of outputs
+Output = Any  # an array, a list or dict of outputs (sequence and map types), or a number in one
 
 
 def leaves(output: Output) -> list[Array]:
@@ -21,7 +21,9 @@ def leaves(output: Output) -> list[Array]:
         return [output]
     if isinstance(output, dict):
         return [leaf for value in output.values() for leaf in leaves(value)]
-    return [leaf for value in output for leaf in leaves(value)] if isinstance(output, list) else [np.asarray(output)]
+    if isinstance(output, list):
+        return [leaf for value in output for leaf in leaves(value)]
+    return [np.asarray(output)]  # a number in a map
 
 
 @dataclass
@@ -54,7 +56,9 @@ class OutputError:
 
     def _add(self, exact: Array, seen: Array, sample: str) -> None:
         if exact.shape != seen.shape:
-            self.faults.append(f"{sample}: output '{self.name}' has shape {list(seen.shape)}, float {list(exact.shape)}")
+            self.faults.append(
+                f"{sample}: output '{self.name}' has shape {list(seen.shape)}, float {list(exact.shape)}"
+            )
             return
         self.count += exact.size
         if exact.dtype.kind != "f":
@@ -64,7 +68,9 @@ class OutputError:
         y, z = exact.astype(np.float64), seen.astype(np.float64)
         known = np.isfinite(y)
         if not np.isfinite(z[known]).all():
-            self.faults.append(f"{sample}: output '{self.name}' has NaN or Inf where the float model has none")
+            self.faults.append(
+                f"{sample}: output '{self.name}' has NaN or Inf where the float model has none"
+            )
             return
         y, z = y[known], z[known]
         self.signal += float(y @ y)

@@ -9,26 +9,27 @@ from typing import Any
 
 import onnx
 
-from calib.errors import GraphError
+from calib.errors import CalibrationError, GraphError
 from calib.model import Model
 from calib.provider import Optimize, SessionOptions, create_session
 from calib.runner import Listener, Progress, run_session
-from calib.types import Dataset, Sample
+from calib.types import Array, Dataset, Feed, Sample
 from onnxslim_ptq.analysis.metrics import OutputError, worst_sqnr
 from onnxslim_ptq.errors import VerificationError
 
 __all__ = ["Verification", "compare_outputs", "verify"]
 
-_UNOPTIMIZED_SAMPLES = 2
+_UNOPTIMIZED_SAMPLES = 1
 _TOLERANCE_DB = 0.5
 
 
 @dataclass
 class Verification:
-    """What was measured: per output, and what a user should be told."""
+    """What was measured: per output, the first sample with the answers to it, and what a user should be told."""
 
     outputs: list[OutputError]
     samples: int
+    first: tuple[Feed, list[Array]]
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -36,40 +37,65 @@ class Verification:
         return worst_sqnr(self.outputs)
 
 
-def verify(source: Model, quantized: Model, data: Dataset, *, threads: int = 0, listener: Listener | None = None) -> Verification:
-    """Compare on every sample of ``data``; VerificationError when the model does not load or answers NaN or Inf."""
+def verify(
+    source: Model,
+    quantized: Model,
+    data: Dataset,
+    *,
+    threads: int = 0,
+    foreign: bool = False,
+    listener: Listener | None = None,
+) -> Verification:
+    """Compare on every sample of ``data``; VerificationError when the model does not load or answers NaN or Inf.
+
+    ``foreign``: the model is meant for another runtime, so ONNX Runtime must not quantize its float biases by itself.
+    """
     names = [o.name for o in source.proto.graph.output]
     missing = [n for n in names if n not in {o.name for o in quantized.proto.graph.output}]
     if missing:
-        raise VerificationError(f"the quantized model lost its output '{missing[0]}'; report this as a defect")
-    exact = _session(_with_node_names(source), SessionOptions(threads=threads))
-    fast = _loaded(quantized, SessionOptions(threads=threads))
-    plain = _loaded(quantized, SessionOptions(threads=threads, optimize=Optimize.OFF))
-    total = [OutputError(n) for n in names]
-    few_fast, few_plain = [OutputError(n) for n in names], [OutputError(n) for n in names]
-    count = 0
-    for sample, feed in data:
+        raise VerificationError(
+            f"the quantized model lost its output '{missing[0]}'; report this as a defect"
+        )
+    options = SessionOptions(threads=threads, simulate=foreign, frugal=True)
+    first: tuple[Feed, list[Array]] | None = None
+    total, few_fast, few_plain = ([OutputError(n) for n in names] for _ in range(3))
+    again: list[tuple[Sample, list[Array]]] = []
+    exact, fast = _session(_with_node_names(source), options), _loaded(quantized, options)
+    for count, (sample, feed) in enumerate(data, 1):
         expected = run_session(exact, names, feed, sample)
         answers = _answer(fast, names, (sample, feed))
         _add(total, expected, answers, str(sample))
-        if count < _UNOPTIMIZED_SAMPLES:
+        first = first or (feed, answers)
+        if count <= _UNOPTIMIZED_SAMPLES:
             _add(few_fast, expected, answers, str(sample))
-            _add(few_plain, expected, _answer(plain, names, (sample, feed)), str(sample))
-        count += 1
+            again.append(((sample, feed), expected))
         if listener is not None:
             listener(Progress("verifying", count, len(data)))
+    if first is None:
+        raise CalibrationError("there is no sample to verify the result on; give at least one")
+    del exact, fast  # the unoptimized session needs the room: it keeps every value of the graph
+    plain = _loaded(quantized, replace(options, optimize=Optimize.OFF))
+    for item, expected in again:
+        _add(few_plain, expected, _answer(plain, names, item), str(item[0]))
     faults = [f for e in (*total, *few_plain) for f in e.faults]
     if faults:
-        raise VerificationError(f"{faults[0]}; exclude layers or calibrate with more samples"
-                                + (f" ({len(faults) - 1} more)" if len(faults) > 1 else ""))
-    return Verification(total, count, _disagreements(few_fast, few_plain))
+        raise VerificationError(
+            f"{faults[0]}; exclude layers or calibrate with more samples"
+            + (f" ({len(faults) - 1} more)" if len(faults) > 1 else "")
+        )
+    return Verification(total, len(data), first, _disagreements(few_fast, few_plain))
 
 
 def compare_outputs(exact: Any, seen: Any, names: Sequence[str], data: Dataset) -> list[OutputError]:
     """Errors of session ``seen`` against session ``exact`` for the named outputs."""
     errors = [OutputError(n) for n in names]
     for sample, feed in data:
-        _add(errors, run_session(exact, names, feed, sample), run_session(seen, names, feed, sample), str(sample))
+        _add(
+            errors,
+            run_session(exact, names, feed, sample),
+            run_session(seen, names, feed, sample),
+            str(sample),
+        )
     return errors
 
 
@@ -94,8 +120,10 @@ def _loaded(model: Model, options: SessionOptions) -> Any:
     try:
         return _session(model, options)
     except GraphError as error:
-        raise VerificationError(f"the quantized model does not load: {error}; exclude the node it names and report this "
-                                "as a defect") from None
+        raise VerificationError(
+            f"the quantized model does not load: {error}; exclude the node it names and report this "
+            "as a defect"
+        ) from None
 
 
 def _answer(session: Any, names: Sequence[str], item: Sample) -> list[Any]:
@@ -103,7 +131,9 @@ def _answer(session: Any, names: Sequence[str], item: Sample) -> list[Any]:
     try:
         return run_session(session, names, feed, sample)
     except Exception as error:
-        raise VerificationError(f"the quantized model fails to run: {error}; exclude the node it names") from None
+        raise VerificationError(
+            f"the quantized model fails to run: {error}; exclude the node it names"
+        ) from None
 
 
 def _add(errors: list[OutputError], exact: Sequence[Any], seen: Sequence[Any], sample: str) -> None:
@@ -119,5 +149,7 @@ def _disagreements(fast: list[OutputError], plain: list[OutputError]) -> list[st
         if a is None or b is None or max(a, b) > 60.0:
             continue
         if abs(a - b) > _TOLERANCE_DB:
-            found.append(f"output '{on.name}': {a:.1f} dB with ONNX Runtime's optimizations, {b:.1f} dB without")
+            found.append(
+                f"output '{on.name}': {a:.1f} dB with ONNX Runtime's optimizations, {b:.1f} dB without"
+            )
     return found

@@ -6,17 +6,29 @@ QuantizeLinear and DequantizeLinear of the ONNX specification.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-from calib.types import Array, Range
 from numpy.typing import NDArray
 
+from calib.types import Array, Range
 from onnxslim_ptq.core.dtypes import INT32
 from onnxslim_ptq.core.spec import QParams, QuantSpec
 
-__all__ = ["SMALLEST_SCALE", "channel_range", "dequantize", "fake_quantize", "params_from_range", "quantize",
-           "quantize_bias", "sqnr_db"]
+__all__ = [
+    "SMALLEST_SCALE",
+    "channel_range",
+    "dequantize",
+    "fake_quantize",
+    "params_from_range",
+    "quantize",
+    "quantize_bias",
+    "sqnr_db",
+]
 
-SMALLEST_SCALE = float(np.finfo(np.float32).tiny)  # a float32 scale below this is denormal: runtimes flush it to zero
+SMALLEST_SCALE = float(
+    np.finfo(np.float32).tiny
+)  # a float32 scale below this is denormal: runtimes flush it to zero
 
 
 def params_from_range(rng: Range, spec: QuantSpec, *, codes: int | None = None) -> QParams:
@@ -58,7 +70,7 @@ def channel_range(weight: Array, axis: int | None) -> Range:
     return Range(np.asarray(weight.min(axis=axes), np.float64), np.asarray(weight.max(axis=axes), np.float64))
 
 
-def _along(values: NDArray[np.generic], ndim: int, axis: int | None) -> NDArray[np.generic]:
+def _along(values: NDArray[Any], ndim: int, axis: int | None) -> NDArray[Any]:
     if axis is None or values.ndim == 0:
         return values
     return values.reshape([-1 if i == axis % ndim else 1 for i in range(ndim)])
@@ -75,14 +87,14 @@ def quantize(x: Array, params: QParams) -> Array:
     with np.errstate(over="ignore"):  # a quotient beyond the float type saturates like any other
         steps = np.rint(np.asarray(x, work) / scale)
     codes = steps + _along(params.zero_point, x.ndim, params.axis)
-    return np.clip(codes, dtype.lowest, dtype.highest).astype(dtype.dtype)
+    return np.asarray(np.clip(codes, dtype.lowest, dtype.highest), dtype.dtype)
 
 
 def dequantize(codes: Array, params: QParams) -> NDArray[np.float32]:
     """float32 values of integer codes."""
     zero = _along(params.zero_point, codes.ndim, params.axis)
     scale = _along(params.scale.astype(np.float32), codes.ndim, params.axis)
-    return ((codes.astype(np.int64) - zero).astype(np.float32) * scale).astype(np.float32)
+    return np.asarray((codes.astype(np.int64) - zero).astype(np.float32) * scale, np.float32)
 
 
 def fake_quantize(x: Array, params: QParams) -> NDArray[np.float32]:
@@ -102,5 +114,3 @@ def sqnr_db(signal: float, noise: float) -> float | None:
     if signal <= 0.0:
         return None
     return float("inf") if noise <= 0.0 else float(10.0 * np.log10(signal / noise))
-
-

@@ -5,13 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-from calib.types import Array, Range
 from numpy.typing import NDArray
 
+from calib.types import Array, Range
 from onnxslim_ptq.core.dtypes import IntType
 
-__all__ = ["BiasCodes", "Grain", "PerChannel", "PerTensor", "QParams", "QuantPlan", "QuantSpec", "Result", "Site", "Slot",
-           "Use", "WeightCodes"]
+__all__ = [
+    "BiasCodes",
+    "Grain",
+    "PerChannel",
+    "PerTensor",
+    "QParams",
+    "QuantPlan",
+    "QuantSpec",
+    "Result",
+    "Site",
+    "Slot",
+    "Use",
+    "WeightCodes",
+]
 
 
 @dataclass(frozen=True)

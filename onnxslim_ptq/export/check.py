@@ -53,8 +53,10 @@ def check_file(path: Path, *, source: Path | onnx.ModelProto | None = None) -> l
     if found is None:
         return notes
     if source is None or not found.resembles(_complaint(source)):
-        raise VerificationError(f"the written model '{path.name}' fails onnx.checker: {found.text}; exclude the node "
-                                "it names, and report this as a defect of the quantizer")
+        raise VerificationError(
+            f"the written model '{path.name}' fails onnx.checker: {found.text}; exclude the node "
+            "it names, and report this as a defect of the quantizer"
+        )
     unchecked = "shapes were" if found.shapes else "operators and shapes were"
     return [f"{unchecked} not checked, the float model already fails onnx.checker: {found.text}", *notes]
 
@@ -69,7 +71,9 @@ def source_files(model: Path) -> list[Path]:
         raise GraphError(f"model '{model}': {error}") from None
     except Exception as error:  # protobuf's DecodeError lies in a private module
         reason = _one_line(str(error))
-        raise GraphError(f"model '{model}' cannot be read ({reason}); give the path of an .onnx file") from None
+        raise GraphError(
+            f"model '{model}' cannot be read ({reason}); give the path of an .onnx file"
+        ) from None
     tensors = [*proto.graph.initializer, *nested_tensors(proto)]
     names = {e.value for t in tensors for e in t.external_data if e.key == "location" and "\0" not in e.value}
     beside = (model.parent / name for name in sorted(names - {OWN_FILE}))
@@ -90,12 +94,17 @@ def _complaint(model: Path | onnx.ModelProto) -> _Complaint | None:
 def _unchecked(proto: onnx.ModelProto) -> list[str]:
     """A line for the operators that onnx.checker passes over because their domain is not ONNX's own."""
     own = {function.domain for function in proto.functions}
-    other = Counter(n.domain for n in _nodes(proto.graph.node)
-                    if n.domain not in _STANDARD | own and not onnx.defs.has(n.op_type, n.domain))
+    other = Counter(
+        n.domain
+        for n in _nodes(proto.graph.node)
+        if n.domain not in _STANDARD | own and not onnx.defs.has(n.op_type, n.domain)
+    )
     if not other:
         return []
     domains = ", ".join(sorted(other))
-    return [f"onnx.checker does not know the domain {domains}: {sum(other.values())} nodes were not checked by it"]
+    return [
+        f"onnx.checker does not know the domain {domains}: {sum(other.values())} nodes were not checked by it"
+    ]
 
 
 def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:

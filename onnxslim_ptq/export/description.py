@@ -20,7 +20,16 @@ from onnxslim_ptq.errors import VerificationError
 from onnxslim_ptq.export.files import OutputPaths, create
 from onnxslim_ptq.graph.graph import Graph
 
-__all__ = ["FORMAT", "INLINE", "VERSION", "Calibration", "Context", "Description", "describe", "write_description"]
+__all__ = [
+    "FORMAT",
+    "INLINE",
+    "VERSION",
+    "Calibration",
+    "Context",
+    "Description",
+    "describe",
+    "write_description",
+]
 
 FORMAT = "onnxslim_ptq.weights"
 VERSION = 1
@@ -69,17 +78,23 @@ class Description:
         """
         flat = np.asarray(values).reshape(-1)
         if flat.dtype.kind == "f" and not np.isfinite(flat).all():
-            raise VerificationError(f"'{name}' holds NaN or infinite values; exclude its layer or check the samples")
+            raise VerificationError(
+                f"'{name}' holds NaN or infinite values; exclude its layer or check the samples"
+            )
         if flat.size <= INLINE:
             return flat.tolist()
         single = flat.astype(np.float32) if flat.dtype == np.float64 else flat
-        self.arrays[name] = np.array(single if np.array_equal(single, flat) else flat).reshape(np.shape(values))
+        self.arrays[name] = np.array(single if np.array_equal(single, flat) else flat).reshape(
+            np.shape(values)
+        )
         return {"ref": name}
 
     def numbers(self, name: str, params: QParams) -> dict[str, Json]:
         zero = params.zero_point.astype(params.spec.dtype.dtype)
-        return {"scale": self.array(f"{name}/scale", params.scale),
-                "zero_point": self.array(f"{name}/zero_point", zero)}
+        return {
+            "scale": self.array(f"{name}/scale", params.scale),
+            "zero_point": self.array(f"{name}/zero_point", zero),
+        }
 
     def json_bytes(self) -> bytes:
         """The document as UTF-8 text, one entry of each table a line; the same for the same document."""
@@ -102,14 +117,21 @@ def describe(plan: QuantPlan, graph: Graph, rendered: onnx.ModelProto, context: 
         "tool": dict(context.tool),
         "recipe": _plain(context.recipe),
         "seed": context.seed,
-        "calibration": {"samples": context.calibration.samples, "device": context.calibration.device,
-                        "sha256": context.calibration.sha256},
+        "calibration": {
+            "samples": context.calibration.samples,
+            "device": context.calibration.device,
+            "sha256": context.calibration.sha256,
+        },
         "weights": _weights(made, plan, names, rendered),
         "activations": _activations(made, plan, names),
         "biases": _biases(plan, names),
-        "smoothing": [_with_arrays(made, f"smoothing/{i}", entry) for i, entry in enumerate(context.smoothing)],
-        "io_changes": [_with_arrays(made, f"io/{entry.get('name', i)}", entry)
-                       for i, entry in enumerate(context.io_changes)],
+        "smoothing": [
+            _with_arrays(made, f"smoothing/{i}", entry) for i, entry in enumerate(context.smoothing)
+        ],
+        "io_changes": [
+            _with_arrays(made, f"io/{entry.get('name', i)}", entry)
+            for i, entry in enumerate(context.io_changes)
+        ],
         "skipped": dict(plan.skipped),
         "metrics": _metrics(context.metrics),
     }
@@ -124,7 +146,9 @@ def write_description(description: Description, paths: OutputPaths) -> list[Path
     files = [(paths.json, description.json_bytes())]
     if description.arrays:
         params = paths.params or paths.json.with_suffix(".params.safetensors")
-        files.insert(0, (params, save({name: description.arrays[name] for name in sorted(description.arrays)})))
+        files.insert(
+            0, (params, save({name: description.arrays[name] for name in sorted(description.arrays)}))
+        )
     for path, data in files:
         with create(path) as file:
             file.write(data)
@@ -137,10 +161,18 @@ class _Names:
     def __init__(self, plan: QuantPlan, graph: Graph) -> None:
         self.weights = _readers({use: slot.params for use, slot in plan.weights.items()})
         self.biases = _readers({use: slot.params for use, slot in plan.biases.items()})
-        self.weight = _keys({key: plan.weight_codes[key].name or _tensor_at(graph, uses[0])
-                             for key, uses in self.weights.items()})
-        self.bias = _keys({key: plan.bias_codes[key].name or _tensor_at(graph, uses[0])
-                           for key, uses in self.biases.items()})
+        self.weight = _keys(
+            {
+                key: plan.weight_codes[key].name or _tensor_at(graph, uses[0])
+                for key, uses in self.weights.items()
+            }
+        )
+        self.bias = _keys(
+            {
+                key: plan.bias_codes[key].name or _tensor_at(graph, uses[0])
+                for key, uses in self.biases.items()
+            }
+        )
         self.sites: dict[tuple[str, str], list[str]] = {}
         everywhere = {site.tensor for site in plan.activations if isinstance(site, Result)}
         for site, slot in plan.activations.items():
@@ -196,7 +228,9 @@ def _weights(made: Description, plan: QuantPlan, names: _Names, rendered: onnx.M
     return entries
 
 
-def _initializer_read(node: onnx.NodeProto | None, port: int, producers: Mapping[str, onnx.NodeProto]) -> str | None:
+def _initializer_read(
+    node: onnx.NodeProto | None, port: int, producers: Mapping[str, onnx.NodeProto]
+) -> str | None:
     """The initializer that input ``port`` of ``node`` comes from, through DequantizeLinear; None without."""
     if node is None or port >= len(node.input):
         return None
@@ -238,8 +272,10 @@ def _biases(plan: QuantPlan, names: _Names) -> dict[str, Json]:
         bias = plan.bias_codes[key]
         entries[names.bias[key]] = {
             "nodes": [use.node for use in uses],
-            "scale_from": [names.by_params.get(bias.activation, bias.activation),
-                           names.weight.get(bias.weight, bias.weight)],
+            "scale_from": [
+                names.by_params.get(bias.activation, bias.activation),
+                names.weight.get(bias.weight, bias.weight),
+            ],
             "dtype": "int32",
             "clipped": bias.clipped,
         }
@@ -282,5 +318,7 @@ def _text(value: Json, depth: int) -> str:
     if depth == 0 or not isinstance(value, dict) or not value:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     indent = " " * (3 - depth)
-    lines = [f"{indent}{json.dumps(key, ensure_ascii=False)}: {_text(v, depth - 1)}" for key, v in value.items()]
+    lines = [
+        f"{indent}{json.dumps(key, ensure_ascii=False)}: {_text(v, depth - 1)}" for key, v in value.items()
+    ]
     return "{\n" + ",\n".join(lines) + "\n" + indent[1:] + "}"

@@ -24,7 +24,9 @@ from calib.types import Array
 __all__ = ["AtomicFiles", "OutputPaths", "create", "output_paths", "write_model"]
 
 EMBEDDED_LIMIT = 2**31 - 1 - 2**20  # protobuf ends at 2 GiB; the margin is for readers that add to the graph
-_HEAD = frozenset({"name", "dims", "data_type", "doc_string", "metadata_props"})  # a tensor without its values
+_HEAD = frozenset(
+    {"name", "dims", "data_type", "doc_string", "metadata_props"}
+)  # a tensor without its values
 _FILE_MODE = 0o640  # umask 027; a stricter umask of the user is kept
 
 
@@ -44,8 +46,12 @@ class OutputPaths:
 
     def inside(self, folder: Path) -> OutputPaths:
         """The same names in another folder."""
-        return OutputPaths(folder / self.model.name, folder / self.data.name if self.data else None,
-                           folder / self.json.name, folder / self.params.name if self.params else None)
+        return OutputPaths(
+            folder / self.model.name,
+            folder / self.data.name if self.data else None,
+            folder / self.json.name,
+            folder / self.params.name if self.params else None,
+        )
 
     def in_order(self) -> list[Path]:
         """Every path, a file before those that refer to it."""
@@ -59,8 +65,12 @@ def output_paths(out: Path, source_stem: str, quant_type: str) -> OutputPaths:
     """
     model = out if out.name.lower().endswith(".onnx") else out / f"{source_stem}_{quant_type.lower()}.onnx"
     stem = model.name[: -len(".onnx")]
-    return OutputPaths(model, model.with_name(f"{model.name}.data"), model.with_name(f"{stem}.json"),
-                       model.with_name(f"{stem}.params.safetensors"))
+    return OutputPaths(
+        model,
+        model.with_name(f"{model.name}.data"),
+        model.with_name(f"{stem}.json"),
+        model.with_name(f"{stem}.params.safetensors"),
+    )
 
 
 class AtomicFiles:
@@ -74,7 +84,9 @@ class AtomicFiles:
     def __init__(self, paths: OutputPaths, protected: Iterable[Path] = ()) -> None:
         self.paths = paths
         self.temporary = paths
-        self.folder = paths.model.parent  # the hidden folder inside the block; scratch files there vanish with it
+        self.folder = (
+            paths.model.parent
+        )  # the hidden folder inside the block; scratch files there vanish with it
         self._protected = list(protected)
         self._made: list[Path] = []
         self._hidden: Path | None = None
@@ -168,13 +180,18 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise GraphError(f"output '{path}' cannot be written ({reason}); free the disk or choose another OUT") from None
+        raise GraphError(
+            f"output '{path}' cannot be written ({reason}); free the disk or choose another OUT"
+        ) from None
 
 
 @contextmanager
 def create(path: Path) -> Iterator[BufferedWriter]:
     """A new file, never open to everybody; raises GraphError when the disk refuses."""
-    with _explained(path), open(path, "wb", opener=lambda name, flags: os.open(name, flags, _FILE_MODE)) as file:
+    with (
+        _explained(path),
+        open(path, "wb", opener=lambda name, flags: os.open(name, flags, _FILE_MODE)) as file,
+    ):
         yield file
 
 
@@ -227,8 +244,10 @@ def write_model(model: Model, path: Path, *, external: bool = False) -> list[Pat
             written.insert(0, data)
             graph = _write_data(graph, data)
     if len(rest) + _nbytes(graph) > EMBEDDED_LIMIT:
-        raise GraphError(f"output '{path}' exceeds 2 GB even with external data: large constants lie inside nodes or "
-                         "subgraphs; make them initializers of the main graph")
+        raise GraphError(
+            f"output '{path}' exceeds 2 GB even with external data: large constants lie inside nodes or "
+            "subgraphs; make them initializers of the main graph"
+        )
     with create(path) as file:
         file.write(rest + _tag(7, _nbytes(graph)))
         for piece in graph:
@@ -248,7 +267,11 @@ def _write_data(graph: list[bytes | _Initializer], data: Path) -> list[bytes | _
                 file.write(bytes(-file.tell() % align))
                 head = TensorProto.FromString(piece.head.SerializeToString())
                 head.data_location = TensorProto.EXTERNAL
-                for key, value in (("location", data.name), ("offset", file.tell()), ("length", piece.values.nbytes)):
+                for key, value in (
+                    ("location", data.name),
+                    ("offset", file.tell()),
+                    ("length", piece.values.nbytes),
+                ):
                     head.external_data.add(key=key, value=str(value))
                 file.write(piece.raw())
                 piece = _serialized(onnx.GraphProto(initializer=[head]))
@@ -259,15 +282,23 @@ def _write_data(graph: list[bytes | _Initializer], data: Path) -> list[bytes | _
 def _initializer(tensor: TensorProto, model: Model) -> bytes | _Initializer:
     values = model.weights.get(tensor.name)
     if values is None and tensor.data_location == TensorProto.EXTERNAL:
-        raise GraphError(f"initializer '{tensor.name}' has no values; this is a defect here, please report it")
+        raise GraphError(
+            f"initializer '{tensor.name}' has no values; this is a defect here, please report it"
+        )
     if values is None and len(tensor.raw_data) < LARGE:
         return _serialized(onnx.GraphProto(initializer=[tensor]))
     if values is None:
         values = np.frombuffer(tensor.raw_data, np.uint8)
-    elif values.dtype != onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type) or values.shape != tuple(tensor.dims):
-        raise GraphError(f"initializer '{tensor.name}' is declared as {list(tensor.dims)} but its values are "
-                         f"{values.dtype}{list(values.shape)}; this is a defect here, please report it")
-    elif not has_plain_dtype(tensor.data_type):  # int4, bfloat16, ...: packed below a byte where the format says so
+    elif values.dtype != onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type) or values.shape != tuple(
+        tensor.dims
+    ):
+        raise GraphError(
+            f"initializer '{tensor.name}' is declared as {list(tensor.dims)} but its values are "
+            f"{values.dtype}{list(values.shape)}; this is a defect here, please report it"
+        )
+    elif not has_plain_dtype(
+        tensor.data_type
+    ):  # int4, bfloat16, ...: packed below a byte where the format says so
         values = np.frombuffer(onnx.numpy_helper.from_array(values).raw_data, np.uint8)
     head = TensorProto(**{field.name: value for field, value in tensor.ListFields() if field.name in _HEAD})
     return _Initializer(head, values.astype(values.dtype.newbyteorder("<"), copy=False))

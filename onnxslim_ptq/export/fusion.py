@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -10,8 +12,32 @@ from onnx import TensorProto
 
 from calib.model import Model
 from calib.provider import SessionOptions, create_session
+from onnxslim_ptq.graph.convert import all_names
 
-__all__ = ["stored_weight", "unfused_weights"]
+__all__ = ["guard_float_layers", "stored_weight", "unfused_weights"]
+
+# What WeightBiasQuantization of ONNX Runtime rewrites, and operators that ONNX Runtime moves Q/DQ across or absorbs.
+_REWRITTEN = frozenset({"Conv", "ConvTranspose", "Gemm"})
+_LOOKED_THROUGH = frozenset(
+    {
+        "Clip",
+        "Expand",
+        "Flatten",
+        "Gather",
+        "Identity",
+        "LeakyRelu",
+        "MaxPool",
+        "Pad",
+        "Relu",
+        "Reshape",
+        "Resize",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Transpose",
+        "Unsqueeze",
+    }
+)
 
 _INTEGER = (TensorProto.INT8, TensorProto.UINT8)
 
@@ -23,10 +49,70 @@ def unfused_weights(model: Model) -> set[str]:
     """
     with tempfile.TemporaryDirectory(prefix="onnxslim-ptq-") as folder:
         path = Path(folder) / "optimized.onnx"
-        create_session(model.proto.SerializeToString(), model.weights, options=SessionOptions(write_optimized=path))
+        create_session(
+            model.proto.SerializeToString(), model.weights, options=SessionOptions(write_optimized=path)
+        )
         optimized = onnx.load(path, load_external_data=False)
         stored = {t.name for t in optimized.graph.initializer if t.data_type in _INTEGER}
-        return {n.input[0] for n in optimized.graph.node if n.op_type == "DequantizeLinear" and n.input[0] in stored}
+        return {
+            n.input[0]
+            for n in optimized.graph.node
+            if n.op_type == "DequantizeLinear" and n.input[0] in stored
+        }
+
+
+def guard_float_layers(model: Model) -> Model:
+    """``model`` with layers that stay float between quantized values protected from ONNX Runtime.
+
+    It would quantize their float weights by itself, per tensor, when it sees DequantizeLinear -> layer ->
+    QuantizeLinear. A Max of one input, which is the identity and which no optimization removes, breaks the pattern.
+    """
+    graph = model.proto.graph
+    producers = {o: n for n in graph.node for o in n.output}
+    quantized = {i for n in graph.node if n.op_type == "QuantizeLinear" for i in n.input[:1]}
+    for node in reversed(graph.node):
+        if node.op_type in _LOOKED_THROUGH and not quantized.isdisjoint(node.output):
+            quantized.add(node.input[0])
+    floats = {t.name for t in graph.initializer if t.data_type not in _INTEGER}
+    exposed = {
+        n.name
+        for n in graph.node
+        if n.op_type in _REWRITTEN
+        and n.input[1] in floats
+        and n.output[0] in quantized
+        and _dequantized(n.input[0], producers)
+    }
+    if not exposed:
+        return model
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    taken = all_names(graph) | {n.name for n in graph.node}
+    nodes = []
+    for node in proto.graph.node:
+        if node.name in exposed:
+            name = _unused(f"{node.name}_float_input", taken)
+            nodes.append(onnx.helper.make_node("Max", [node.input[0]], [name], name))
+            node.input[0] = name
+        nodes.append(node)
+    copies = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
+    del proto.graph.node[:]
+    proto.graph.node.extend(copies)
+    return replace(model, proto=proto)
+
+
+def _dequantized(name: str, producers: Mapping[str, onnx.NodeProto]) -> bool:
+    """Whether a DequantizeLinear makes ``name``, as it is or before operators that ONNX Runtime moves it across."""
+    node = producers.get(name)
+    while node is not None and node.op_type in _LOOKED_THROUGH:
+        node = producers.get(node.input[0])
+    return node is not None and node.op_type == "DequantizeLinear"
+
+
+def _unused(name: str, taken: set[str]) -> str:
+    while name in taken:
+        name += "_"
+    taken.add(name)
+    return name
 
 
 def stored_weight(proto: onnx.ModelProto, ports: list[tuple[str, int]]) -> dict[tuple[str, int], str]:

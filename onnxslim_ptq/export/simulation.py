@@ -64,7 +64,9 @@ def simulate(model: Model, plan: QuantPlan) -> Simulation:
             dtypes[slot.params] = onnx.helper.np_dtype_to_tensor_dtype(slot.spec.dtype.dtype)
         if isinstance(site, Result):
             tensor = graph.tensor(name)
-            pairs[name, slot.params] = _quantize_result(graph, tensor, numbers[slot.params], _is_half(graph, tensor, half))
+            pairs[name, slot.params] = _quantize_result(
+                graph, tensor, numbers[slot.params], _is_half(graph, tensor, half)
+            )
     for site, slot in plan.activations.items():
         if isinstance(site, Result):
             continue
@@ -72,13 +74,15 @@ def simulate(model: Model, plan: QuantPlan) -> Simulation:
         tensor = node.inputs[site.port]
         if any(tensor is real for real in pairs.values()):
             continue
-        key = (tensor.name, slot.params)
-        if key not in pairs:
-            pairs[key] = _pair(graph, tensor, numbers[slot.params], site.node in half)
-        node.inputs[site.port] = pairs[key]
+        pair = (tensor.name, slot.params)
+        if pair not in pairs:
+            pairs[pair] = _pair(graph, tensor, numbers[slot.params], site.node in half)
+        node.inputs[site.port] = pairs[pair]
     simulated = graph.to_model()
     for key, (scale, zero) in numbers.items():
-        simulated.proto.graph.input.append(onnx.helper.make_tensor_value_info(scale, onnx.TensorProto.FLOAT, []))
+        simulated.proto.graph.input.append(
+            onnx.helper.make_tensor_value_info(scale, onnx.TensorProto.FLOAT, [])
+        )
         simulated.proto.graph.input.append(onnx.helper.make_tensor_value_info(zero, dtypes[key], []))
     return Simulation(simulated, numbers)
 

@@ -14,19 +14,44 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from calib.types import Array
-
 from calib.errors import GraphError
 from calib.provider import SessionOptions, create_session
+from calib.types import Array
 from onnxslim_ptq.graph.graph import Graph
 
 __all__ = ["follow"]
 
-_ELEMENTWISE = frozenset({
-    "Abs", "Add", "Celu", "Clip", "Div", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu",
-    "Mish", "Mul", "Neg", "Pow", "Relu", "Selu", "Sigmoid", "Softplus", "Softsign", "Sqrt", "Sub", "Swish", "Tanh",
-    "ThresholdedRelu",
-})
+_ELEMENTWISE = frozenset(
+    {
+        "Abs",
+        "Add",
+        "Celu",
+        "Clip",
+        "Div",
+        "Elu",
+        "Erf",
+        "Exp",
+        "Gelu",
+        "HardSigmoid",
+        "HardSwish",
+        "Identity",
+        "LeakyRelu",
+        "Mish",
+        "Mul",
+        "Neg",
+        "Pow",
+        "Relu",
+        "Selu",
+        "Sigmoid",
+        "Softplus",
+        "Softsign",
+        "Sqrt",
+        "Sub",
+        "Swish",
+        "Tanh",
+        "ThresholdedRelu",
+    }
+)
 Floats = NDArray[np.float64]
 
 
@@ -75,10 +100,18 @@ def _chain(graph: Graph, tensor: gs.Tensor, prefix: str) -> _Chain:
                 inside[node.outputs[0].name] = node.outputs[0]
                 # A node that waited for this value may follow now, so its other inputs are looked at again.
                 queue.extend(inside.values())
-    exits = [n for n, t in inside.items()
-             if n in graph.outputs or any(id(c) not in nodes for c in graph.consumers(t))]
-    return _Chain(tensor.name, prefix, tuple(nodes.values()), tuple(n for n in exits if n != tensor.name),
-                  tensor.name in exits)
+    exits = [
+        n
+        for n, t in inside.items()
+        if n in graph.outputs or any(id(c) not in nodes for c in graph.consumers(t))
+    ]
+    return _Chain(
+        tensor.name,
+        prefix,
+        tuple(nodes.values()),
+        tuple(n for n in exits if n != tensor.name),
+        tensor.name in exits,
+    )
 
 
 def _follows(graph: Graph, node: gs.Node, inside: Mapping[str, gs.Tensor]) -> bool:
@@ -99,7 +132,8 @@ def _run(graph: Graph, chains: Sequence[_Chain], points: Mapping[str, Floats]) -
     for chain in chains:
         _add(graph, body, chain)
     model = onnx.helper.make_model_gen_version(
-        body, opset_imports=[onnx.helper.make_opsetid("", graph.opset)], ir_version=8)
+        body, opset_imports=[onnx.helper.make_opsetid("", graph.opset)], ir_version=8
+    )
     try:
         session = create_session(model.SerializeToString(), options=SessionOptions(threads=1))
     except GraphError:
@@ -116,7 +150,9 @@ def _run(graph: Graph, chains: Sequence[_Chain], points: Mapping[str, Floats]) -
 
 def _add(graph: Graph, body: onnx.GraphProto, chain: _Chain) -> None:
     """One chain's nodes and scalars under its prefix, so that chains through the same tensors do not collide."""
-    body.input.append(onnx.helper.make_tensor_value_info(chain.prefix + chain.source, onnx.TensorProto.FLOAT, [None]))
+    body.input.append(
+        onnx.helper.make_tensor_value_info(chain.prefix + chain.source, onnx.TensorProto.FLOAT, [None])
+    )
     body.output.extend(onnx.ValueInfoProto(name=chain.prefix + e) for e in chain.exits)
     added: set[str] = set()
     order = {id(n): i for i, n in enumerate(graph.nodes)}

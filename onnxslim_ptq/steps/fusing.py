@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
+from typing import Any
 
 import numpy as np
 
 from onnxslim_ptq.core.choice import LayerChoice
 from onnxslim_ptq.core.dtypes import INT8
-from onnxslim_ptq.core.spec import BiasCodes, PerChannel, QParams, QuantPlan, Result, Use, WeightCodes
+from onnxslim_ptq.core.spec import BiasCodes, PerChannel, QParams, QuantPlan, Result, Slot, Use, WeightCodes
 from onnxslim_ptq.export.fusion import stored_weight, unfused_weights
 from onnxslim_ptq.export.qdq import render_qdq
 from onnxslim_ptq.graph.edit import own_constant
@@ -16,6 +17,7 @@ from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.linears import Linear
 from onnxslim_ptq.steps.paying import not_paying
 from onnxslim_ptq.steps.placement import Placement, place
+from onnxslim_ptq.steps.weights import float_weight
 from onnxslim_ptq.workspace import Workspace
 
 __all__ = ["NOT_FUSED", "dry_placement", "leave_float", "unfused_layers"]
@@ -44,7 +46,9 @@ def dry_placement(workspace: Workspace, layers: Layers) -> Placement:
         stuck = unfused_layers(workspace, _dummy_plan(workspace, placement))
         if not stuck:
             break
-        helped = {n for n in stuck if n not in with_output and placement.layers[n][0].op not in target.output_q}
+        helped = {
+            n for n in stuck if n not in with_output and placement.layers[n][0].op not in target.output_q
+        }
         with_output |= helped
         floats |= {n: NOT_FUSED for n in stuck if n not in helped}
         placement = place(graph, layers, target, with_output, floats)
@@ -64,13 +68,16 @@ def leave_float(plan: QuantPlan, placement: Placement, graph: Graph, name: str) 
 
     The correction that its bias got for the sake of rounded weights is taken back.
     """
-    for sites in (plan.activations, plan.weights, plan.biases):
+    tables: tuple[MutableMapping[Any, Slot], ...] = (plan.activations, plan.weights, plan.biases)
+    for sites in tables:
         for site in [s for s in sites if isinstance(s, Use) and s.node == name]:
-            del sites[site]  # type: ignore[attr-defined]
+            del sites[site]
     integer = {use.node for use in plan.weights}
     for placed in placement.tensors.values():
         if placed.at_result and integer.isdisjoint(layer.node for layer in placed.producers):
-            plan.activations.pop(Result(placed.tensor), None)  # layers that read it still quantize it for themselves
+            plan.activations.pop(
+                Result(placed.tensor), None
+            )  # layers that read it still quantize it for themselves
     if name in plan.uncorrected:
         node, port, values = plan.uncorrected.pop(name)
         own_constant(graph, graph.node(node), port, values)
@@ -89,14 +96,17 @@ def _dummy_plan(workspace: Workspace, placement: Placement) -> QuantPlan:
         plan.params[key] = QParams(placed.spec, np.asarray(_ACTIVATION_SCALE), np.asarray(zero, np.int64))
     for use, slot in plan.weights.items():
         layer = placement.layers[use.node][0]
-        shape = np.shape(graph.value(graph.node(use.node).inputs[use.port]))
+        shape = float_weight(graph, layer).shape
         axis = slot.spec.grain.axis if isinstance(slot.spec.grain, PerChannel) else None
         size = () if axis is None else (shape[axis],)
         params = QParams(slot.spec, np.full(size, _WEIGHT_SCALE), np.zeros(size, np.int64))
-        plan.weight_codes[slot.params] = WeightCodes(np.ones(shape, INT8.dtype), params, "none", layer.weight_name)
+        plan.weight_codes[slot.params] = WeightCodes(
+            np.ones(shape, INT8.dtype), params, "none", layer.weight_name
+        )
     for use, slot in plan.biases.items():
         layer = placement.layers[use.node][0]
         size_ = (layer.channels,)
-        plan.bias_codes[slot.params] = BiasCodes(np.zeros(size_, np.int32), np.full(size_, _BIAS_SCALE), "", "", 0,
-                                                 layer.bias_name or "")
+        plan.bias_codes[slot.params] = BiasCodes(
+            np.zeros(size_, np.int32), np.full(size_, _BIAS_SCALE), "", "", 0, layer.bias_name or ""
+        )
     return plan

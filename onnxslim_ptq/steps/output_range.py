@@ -51,8 +51,13 @@ def _patch(graph: Graph, node: gs.Node) -> Patch:
     kernel = tuple(int(k) for k in weight.shape[2:])
     ones, zeros = [1] * len(kernel), [0] * 2 * len(kernel)
     pads = node.attrs.get("pads", zeros)
-    return Patch(kernel, tuple(node.attrs.get("strides", ones)), tuple(node.attrs.get("dilations", ones)),
-                 tuple(pads[: len(kernel)]), tuple(pads[len(kernel):]))
+    return Patch(
+        kernel,
+        tuple(node.attrs.get("strides", ones)),
+        tuple(node.attrs.get("dilations", ones)),
+        tuple(pads[: len(kernel)]),
+        tuple(pads[len(kernel) :]),
+    )
 
 
 def output_range(graph: Graph, placed: PlacedTensor, stats: Mapping[Probe, Stats]) -> Range:

@@ -16,11 +16,27 @@ __all__ = ["not_paying"]
 
 _REASON = "its input arrives in float, and a depthwise Conv is no faster in int8 there"
 
-_PASS_THROUGH = frozenset({"Clip", "Flatten", "Identity", "MaxPool", "Pad", "Relu", "Reshape", "Resize", "Slice", "Squeeze",
-                           "Transpose", "Unsqueeze"})
+_PASS_THROUGH = frozenset(
+    {
+        "Clip",
+        "Flatten",
+        "Identity",
+        "MaxPool",
+        "Pad",
+        "Relu",
+        "Reshape",
+        "Resize",
+        "Slice",
+        "Squeeze",
+        "Transpose",
+        "Unsqueeze",
+    }
+)
 
 
-def not_paying(graph: Graph, layers: Mapping[str, tuple[Linear, LayerChoice]], target: Target) -> dict[str, str]:
+def not_paying(
+    graph: Graph, layers: Mapping[str, tuple[Linear, LayerChoice]], target: Target
+) -> dict[str, str]:
     """Depthwise Convs (one input channel per group) that do not read a value which is quantized anyway.
 
     ONNX Runtime's float depthwise kernel is as fast as the integer one, and two quantizers less is worth 1 to 3 dB on

@@ -59,9 +59,13 @@ class Placement:
         for layer, choice in self.layers.values():
             params = produced.get(layer.activation_name) or activation_params(layer, choice)
             plan.activations[Use(layer.node, layer.activation)] = Slot(self.tensors[params].spec, params)
-            plan.weights[Use(layer.node, layer.weight)] = Slot(weight_spec(layer, choice, target), weight_params(layer, choice))
+            plan.weights[Use(layer.node, layer.weight)] = Slot(
+                weight_spec(layer, choice, target), weight_params(layer, choice)
+            )
             if layer.bias is not None and target.bias is BiasForm.INT32:
-                plan.biases[Use(layer.node, layer.bias)] = Slot(QuantSpec(INT32, PerChannel(0), True), f"{layer.node}.bias")
+                plan.biases[Use(layer.node, layer.bias)] = Slot(
+                    QuantSpec(INT32, PerChannel(0), True), f"{layer.node}.bias"
+                )
         return plan
 
 
@@ -80,8 +84,13 @@ def weight_spec(layer: Linear, choice: LayerChoice, target: Target) -> QuantSpec
     return QuantSpec(INT8, PerChannel(layer.channel_axis or 0) if per_channel else PerTensor(), True)
 
 
-def place(graph: Graph, layers: Mapping[str, tuple[Linear, LayerChoice]], target: Target,
-          output_q: frozenset[str] = frozenset(), floats: Mapping[str, str] = {}) -> Placement:
+def place(
+    graph: Graph,
+    layers: Mapping[str, tuple[Linear, LayerChoice]],
+    target: Target,
+    output_q: frozenset[str] = frozenset(),
+    floats: Mapping[str, str] = {},
+) -> Placement:
     """Sites for every layer; ``output_q`` names further layers whose output is quantized, ``floats`` maps layers that
     were found to be better left float to the reason."""
     placement = Placement(skipped=dict(floats), output_q=output_q)
@@ -113,8 +122,11 @@ def _quantize_output(graph: Graph, placement: Placement, layer: Linear, choice: 
         for other in others:
             kept.readers += other.readers
             del placement.tensors[other.params]
-            placement.notes += [f"{reader.node}: its input '{tensor.name}' is quantized where {layer.node} makes it, with "
-                                f"the range of {kept.readers[0].node}" for reader in other.readers]
+            placement.notes += [
+                f"{reader.node}: its input '{tensor.name}' is quantized where {layer.node} makes it, with "
+                f"the range of {kept.readers[0].node}"
+                for reader in other.readers
+            ]
         return
     spec = QuantSpec(choice.activation, PerTensor(), choice.symmetric)
     key = f"{tensor.name}@{choice.activation}{'s' if choice.symmetric else ''}@{choice.range_name}"

@@ -24,16 +24,20 @@ __all__ = ["apply", "probes"]
 # What `auto` tries, for values that layers read and for values quantized for the sake of their producer alone.
 _FOR_READERS = ("minmax", "mse")
 _FOR_PRODUCERS = ("minmax", "after16", "after")
-_JUDGED_ELEMENTS = 3e7  # tensor elements that judging one candidate may touch
-_FEWEST, _MOST = 4, 16
+_JUDGED_ELEMENTS = 2e7  # tensor elements that judging one candidate may touch
+_FEWEST, _MOST = 3, 16
 _BLOCKS = 4
 
 
 def probes(workspace: Workspace, placement: Placement) -> list[Probe]:
     """Every statistic the step needs, for one sweep."""
     needed = [p for placed in placement.tensors.values() for p in range_probes(placed)]
-    needed += [p for placed in placement.tensors.values() if placed.choice.range == OUTPUT_MSE
-               for p in output_probes(placed, workspace.graph)]
+    needed += [
+        p
+        for placed in placement.tensors.values()
+        if placed.choice.range == OUTPUT_MSE
+        for p in output_probes(placed, workspace.graph)
+    ]
     needed += [mean_probe(layer) for layer, choice in placement.layers.values() if choice.bias_correction]
     return list(dict.fromkeys(needed))
 
@@ -61,8 +65,9 @@ def _numbers(placement: Placement, ranges: Ranges) -> dict[str, QParams]:
     return {key: params_from_range(rng, placement.tensors[key].spec) for key, (rng, _) in ranges.items()}
 
 
-def _ranges(workspace: Workspace, placement: Placement, plan: QuantPlan, stats: Mapping[Probe, Stats],
-            plain: Model) -> Ranges:
+def _ranges(
+    workspace: Workspace, placement: Placement, plan: QuantPlan, stats: Mapping[Probe, Stats], plain: Model
+) -> Ranges:
     ranges: Ranges = {}
     searched: dict[str, HistogramStats] = {}
     for key, placed in placement.tensors.items():
@@ -81,8 +86,9 @@ def _ranges(workspace: Workspace, placement: Placement, plan: QuantPlan, stats: 
     return {key: ranges[key] for key in placement.tensors}
 
 
-def _candidates(workspace: Workspace, placement: Placement,
-                histograms: Mapping[str, HistogramStats]) -> dict[str, dict[str, Range]]:
+def _candidates(
+    workspace: Workspace, placement: Placement, histograms: Mapping[str, HistogramStats]
+) -> dict[str, dict[str, Range]]:
     found = {key: candidates(placement.tensors[key], h) for key, h in histograms.items()}
     alone = {key: placement.tensors[key] for key in histograms if not placement.tensors[key].readers}
     for name, weight in (("after", 1.0), ("after16", 16.0)):
@@ -91,8 +97,15 @@ def _candidates(workspace: Workspace, placement: Placement,
     return found
 
 
-def _best_assignment(workspace: Workspace, placement: Placement, plan: QuantPlan, fixed: Ranges,
-                     searched: Mapping[str, Mapping[str, Range]], plain: Model, samples: int) -> Ranges:
+def _best_assignment(
+    workspace: Workspace,
+    placement: Placement,
+    plan: QuantPlan,
+    fixed: Ranges,
+    searched: Mapping[str, Mapping[str, Range]],
+    plain: Model,
+    samples: int,
+) -> Ranges:
     """The methods with the smallest output error: first one per role for the whole graph, then, block after block of
     the graph, whatever alternative betters that."""
     judge = workspace.judge(plan, samples, plain)
@@ -106,8 +119,10 @@ def _best_assignment(workspace: Workspace, placement: Placement, plan: QuantPlan
         return seen[fingerprint]
 
     roles = {key: _FOR_READERS if placement.tensors[key].readers else _FOR_PRODUCERS for key in searched}
-    uniform = [{key: pair[roles[key] is _FOR_PRODUCERS] for key in searched}
-               for pair in product(_FOR_READERS, _FOR_PRODUCERS)]
+    uniform = [
+        {key: pair[roles[key] is _FOR_PRODUCERS] for key in searched}
+        for pair in product(_FOR_READERS, _FOR_PRODUCERS)
+    ]
     best = max(uniform, key=score)
     for block in np.array_split(list(searched), _BLOCKS):
         for role in (_FOR_READERS, _FOR_PRODUCERS):

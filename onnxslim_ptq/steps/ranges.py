@@ -18,14 +18,22 @@ from onnxslim_ptq.graph.elementwise import follow
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.steps.placement import PlacedTensor
 
-__all__ = ["after_ranges", "candidates", "fixed_range", "grid_of", "range_probe", "range_probes", "require_values"]
+__all__ = [
+    "after_ranges",
+    "candidates",
+    "fixed_range",
+    "grid_of",
+    "range_probe",
+    "range_probes",
+    "require_values",
+]
 
 Floats = NDArray[np.float64]
 _SHRINK = 0.9
 _STEPS = 40  # 0.9^39: down to 1.6 % of the extreme
 _TABLE = 1024
 _BINS = 512
-_COUNTED = 16384.0  # elements of one tensor of one sample that a histogram counts
+_COUNTED = 8192.0  # elements of one tensor of one sample that a histogram counts
 
 
 def grid_of(spec: QuantSpec) -> Grid:
@@ -51,9 +59,12 @@ def fixed_range(placed: PlacedTensor, stats: Mapping[Probe, Stats]) -> Range:
     """The range by the recipe's method; CalibrationError naming the tensor when nothing finite was seen."""
     assert not isinstance(placed.choice.range, str)
     try:
-        return placed.choice.range.range_of({p.kind: stats[p] for p in range_probes(placed)}, grid_of(placed.spec))
+        return placed.choice.range.range_of(
+            {p.kind: stats[p] for p in range_probes(placed)}, grid_of(placed.spec)
+        )
     except CalibrationError as error:
-        raise CalibrationError(f"tensor '{placed.tensor}': {error}; give samples that reach it, or exclude its layers") from None
+        cure = "give samples that reach it, or exclude its layers"
+        raise CalibrationError(f"tensor '{placed.tensor}': {error}; {cure}") from None
 
 
 def candidates(placed: PlacedTensor, histogram: HistogramStats) -> dict[str, Range]:
@@ -66,23 +77,36 @@ def candidates(placed: PlacedTensor, histogram: HistogramStats) -> dict[str, Ran
 
 def require_values(placed: PlacedTensor, histogram: HistogramStats) -> None:
     if histogram.extent.count == 0:
-        raise CalibrationError(f"tensor '{placed.tensor}': no finite value was seen; give samples that reach it, "
-                               "or exclude its layers")
+        raise CalibrationError(
+            f"tensor '{placed.tensor}': no finite value was seen; give samples that reach it, "
+            "or exclude its layers"
+        )
 
 
-def after_ranges(graph: Graph, tensors: Mapping[str, PlacedTensor], histograms: Mapping[str, HistogramStats],
-                 clip_weight: float) -> dict[str, Range]:
+def after_ranges(
+    graph: Graph,
+    tensors: Mapping[str, PlacedTensor],
+    histograms: Mapping[str, HistogramStats],
+    clip_weight: float,
+) -> dict[str, Range]:
     """For each tensor the range with the smallest Σ n (f(q(x)) - f(x))² over the functions f the graph reads of it.
 
     Values that are clipped count ``clip_weight``-fold: clipping shifts many values the same way, rounding errors
     cancel in the sums that follow.
     """
     coarse = {key: _coarse(histograms[key]) for key in tensors}
-    points = {key: np.unique(np.concatenate([coarse[key][0], np.linspace(*_ends(histograms[key]), _TABLE)]))
-              for key in tensors}
+    points = {
+        key: np.unique(np.concatenate([coarse[key][0], np.linspace(*_ends(histograms[key]), _TABLE)]))
+        for key in tensors
+    }
     tables = follow(graph, {tensors[key].tensor: points[key] for key in tensors})
-    return {key: _smallest(coarse[key], points[key], tables[placed.tensor], _ends(histograms[key]), placed.spec, clip_weight)
-            for key, placed in tensors.items()}
+    found = {}
+    for key, placed in tensors.items():
+        ends = _ends(histograms[key])
+        found[key] = _smallest(
+            coarse[key], points[key], tables[placed.tensor], ends, placed.spec, clip_weight
+        )
+    return found
 
 
 def _ends(histogram: HistogramStats) -> tuple[float, float]:
@@ -96,11 +120,17 @@ def _coarse(histogram: HistogramStats) -> tuple[Floats, Floats]:
     place = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, _BINS - 1)
     total = np.bincount(place, counts, _BINS)
     mean = np.bincount(place, counts * values, _BINS) / np.maximum(total, 1)
-    return mean[total > 0], total[total > 0]
+    return mean[total > 0], total[total > 0].astype(np.float64)
 
 
-def _smallest(coarse: tuple[Floats, Floats], points: Floats, tables: list[Floats], ends: tuple[float, float],
-              spec: QuantSpec, clip_weight: float) -> Range:
+def _smallest(
+    coarse: tuple[Floats, Floats],
+    points: Floats,
+    tables: list[Floats],
+    ends: tuple[float, float],
+    spec: QuantSpec,
+    clip_weight: float,
+) -> Range:
     values, counts = coarse
     exact = [np.interp(values, points, t) for t in tables]
     grid = grid_of(spec)
@@ -112,11 +142,15 @@ def _smallest(coarse: tuple[Floats, Floats], points: Floats, tables: list[Floats
         kept = np.clip(codes, spec.dtype.lowest, spec.dtype.highest)
         weight = np.where(codes == kept, counts, counts * clip_weight)
         seen = (kept - zero) * scale
-        return np.asarray(sum((weight * (np.interp(seen, points, t) - y) ** 2).sum(axis=1)
-                              for t, y in zip(tables, exact, strict=True)))
+        return np.asarray(
+            sum(
+                (weight * (np.interp(seen, points, t) - y) ** 2).sum(axis=1)
+                for t, y in zip(tables, exact, strict=True)
+            )
+        )
 
     lo, hi = ends
-    ladder = _SHRINK ** np.arange(_STEPS)
+    ladder = np.asarray(_SHRINK ** np.arange(_STEPS), np.float64)
     for _ in range(2):
         if ends[1] > 0:
             hi = float(ends[1] * ladder[np.argmin(costs(np.full(_STEPS, lo), ends[1] * ladder))])

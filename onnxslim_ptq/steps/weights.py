@@ -37,8 +37,12 @@ def add_weight_codes(graph: Graph, plan: QuantPlan, layers: dict[str, Linear], r
         layer = layers[use.node]
         weight = float_weight(graph, layer)
         axis = QParams(slot.spec, np.ones(()), np.zeros((), np.int64)).axis
-        params = params_from_range(channel_range(weight, axis), slot.spec, codes=_LARGEST_MAGNITUDE[reduce_range])
-        plan.weight_codes[slot.params] = WeightCodes(quantize(weight, params), params, "rtn", layer.weight_name)
+        params = params_from_range(
+            channel_range(weight, axis), slot.spec, codes=_LARGEST_MAGNITUDE[reduce_range]
+        )
+        plan.weight_codes[slot.params] = WeightCodes(
+            quantize(weight, params), params, "rtn", layer.weight_name
+        )
 
 
 def mean_probe(layer: Linear) -> Probe:
@@ -46,7 +50,9 @@ def mean_probe(layer: Linear) -> Probe:
     return Probe(layer.activation_name, "mean", 1 if layer.op in ("Conv", "ConvTranspose") else -1)
 
 
-def correct_biases(graph: Graph, plan: QuantPlan, layers: list[Linear], means: Mapping[Probe, MeanStats]) -> int:
+def correct_biases(
+    graph: Graph, plan: QuantPlan, layers: list[Linear], means: Mapping[Probe, MeanStats]
+) -> int:
     """Take the mean error of rounded weights out of each layer: b += (W - W_hat) E[x]; returns how many layers changed.
 
     Where a layer has no bias: a Conv is given one, a MatMul's correction goes into the constant Add behind it, and a
@@ -74,7 +80,7 @@ def _through(layer: Linear, graph: Graph, error: Floats, mean: Floats) -> Floats
     if layer.op == "Conv":
         group = int(node.attrs.get("group", 1))
         summed = error.reshape(group, error.shape[0] // group, error.shape[1], -1).sum(axis=3)
-        return np.einsum("goi,gi->go", summed, mean.reshape(group, -1)).reshape(-1)
+        return np.asarray(np.einsum("goi,gi->go", summed, mean.reshape(group, -1)).reshape(-1), np.float64)
     if layer.op == "Gemm" and not node.attrs.get("transA", 0):
         return error @ mean if node.attrs.get("transB", 0) else mean @ error
     if layer.op == "MatMul" and error.ndim == 2:
@@ -110,7 +116,9 @@ def _add_to_following(graph: Graph, plan: QuantPlan, layer: Linear, shift: Float
 
 def add_bias_codes(graph: Graph, plan: QuantPlan, layers: dict[str, Linear]) -> None:
     """int32 biases with scale s_x * s_w; a channel whose bias would leave int32 gets a larger weight scale instead."""
-    biases = {use: np.asarray(graph.value(graph.node(use.node).inputs[use.port]), np.float64) for use in plan.biases}
+    biases = {
+        use: np.asarray(graph.value(graph.node(use.node).inputs[use.port]), np.float64) for use in plan.biases
+    }
     # Layers that share a weight share its scales too, so all of them must have room before the first code is made.
     least: dict[str, Floats] = {}
     for use, bias in biases.items():
@@ -128,8 +136,14 @@ def add_bias_codes(graph: Graph, plan: QuantPlan, layers: dict[str, Linear]) -> 
         scale = np.broadcast_to(s_x * plan.weight_codes[weight.params].params.scale, bias.shape)
         scale = np.asarray(np.asarray(scale, np.float32), np.float64)  # what the file will hold
         codes, clipped = quantize_bias(bias, scale)
-        plan.bias_codes[slot.params] = BiasCodes(codes, scale, activation.params, weight.params, clipped,
-                                                 graph.node(use.node).inputs[use.port].name)
+        plan.bias_codes[slot.params] = BiasCodes(
+            codes,
+            scale,
+            activation.params,
+            weight.params,
+            clipped,
+            graph.node(use.node).inputs[use.port].name,
+        )
 
 
 def _slots(plan: QuantPlan, layer: Linear) -> tuple[Slot, Slot]:
@@ -138,7 +152,7 @@ def _slots(plan: QuantPlan, layer: Linear) -> tuple[Slot, Slot]:
 
 
 def _make_room(graph: Graph, plan: QuantPlan, layer: Linear, slot: Slot, least: Floats) -> None:
-    """Raise weight scales to ``least`` where they are below it, and give dead channels a scale that suits their bias."""
+    """Raise weight scales to ``least`` where they are below it; give dead channels a scale that suits their bias."""
     old = plan.weight_codes[slot.params]
     scale = np.broadcast_to(old.params.scale, least.shape).copy()
     weight = float_weight(graph, layer)
@@ -157,5 +171,3 @@ def _make_room(graph: Graph, plan: QuantPlan, layer: Linear, slot: Slot, least: 
     plan.weight_codes[slot.params] = WeightCodes(quantize(weight, params), params, old.rounder, old.name)
     if count := int((raised > old.params.scale).sum()):
         plan.notes.append(f"{layer.node}: {count} weight scales raised so that the bias fits int32")
-
-

@@ -76,7 +76,9 @@ class TestFaults:
 
     def test_the_float_models_own_nan_is_passed_over(self) -> None:
         error = OutputError("y")
-        error.add(np.asarray([1, np.nan, np.inf, 2], np.float32), np.asarray([1, 5, np.nan, 3], np.float32), "s")
+        error.add(
+            np.asarray([1, np.nan, np.inf, 2], np.float32), np.asarray([1, 5, np.nan, 3], np.float32), "s"
+        )
         assert (error.signal, error.noise, error.faults) == (5.0, 1.0, [])
 
 
@@ -98,7 +100,11 @@ class TestOtherTypes:
 
     def test_sequences(self) -> None:
         error = OutputError("s")
-        error.add([np.ones(2, np.float32), np.ones(3, np.float32)], [np.ones(2, np.float32), np.full(3, 2, np.float32)], "s")
+        error.add(
+            [np.ones(2, np.float32), np.ones(3, np.float32)],
+            [np.ones(2, np.float32), np.full(3, 2, np.float32)],
+            "s",
+        )
         assert (error.signal, error.noise) == (5.0, 3.0)
         error.add([np.ones(2, np.float32)], [], "sample 1")
         assert error.faults == ["sample 1: output 's' has 0 tensors, float 1"]
@@ -110,8 +116,12 @@ class TestOtherTypes:
 
 
 def test_the_headline_is_the_worst_output_with_a_signal() -> None:
-    errors = [OutputError("a", signal=100.0, noise=1.0), OutputError("b", signal=10.0, noise=1.0),
-              OutputError("silent"), OutputError("ids", is_float=False)]
+    errors = [
+        OutputError("a", signal=100.0, noise=1.0),
+        OutputError("b", signal=10.0, noise=1.0),
+        OutputError("silent"),
+        OutputError("ids", is_float=False),
+    ]
     assert worst_sqnr(errors) == pytest.approx(10.0)
     assert worst_sqnr(errors[2:]) is None
     assert errors[0].as_json() == {"sqnr_db": pytest.approx(20.0), "cosine": None, "max_abs_error": 0.0}

@@ -27,7 +27,9 @@ def test_measures_what_a_stranger_measures() -> None:
     seen: list[Progress] = []
     found = verify(open_model(proto), result.quantized, data_of(proto), listener=seen.append)
     feeds = feeds_for(proto, 6)
-    assert found.sqnr == pytest.approx(sqnr_of(outputs_of(proto, feeds), outputs_of(result.model, feeds)), abs=0.3)
+    assert found.sqnr == pytest.approx(
+        sqnr_of(outputs_of(proto, feeds), outputs_of(result.model, feeds)), abs=0.3
+    )
     assert found.samples == 6
     assert [(p.done, p.total) for p in seen] == [(i, 6) for i in range(1, 7)]
 
@@ -43,7 +45,7 @@ def test_a_lost_output() -> None:
 def test_a_model_that_does_not_load() -> None:
     broken = mlp()
     broken.graph.node[0].op_type = "NoSuchOperator"
-    with pytest.raises(VerificationError, match="does not load: .*NoSuchOperator"):
+    with pytest.raises(VerificationError, match=r"does not load: .*NoSuchOperator"):
         verify(open_model(mlp()), open_model(broken), data_of(mlp()))
 
 
@@ -58,7 +60,9 @@ def test_nan_where_the_float_model_has_none() -> None:
     values = numpy_helper.to_array(broken.graph.initializer[0]).copy()
     values[0, 0] = np.nan
     broken.graph.initializer[0].CopyFrom(numpy_helper.from_array(values, broken.graph.initializer[0].name))
-    with pytest.raises(VerificationError, match=r"sample 0: output 'y' has NaN or Inf where the float model has none.*more\)"):
+    with pytest.raises(
+        VerificationError, match=r"sample 0: output 'y' has NaN or Inf where the float model has none.*more\)"
+    ):
         verify(open_model(mlp()), open_model(broken), data_of(mlp()))
 
 
@@ -87,7 +91,9 @@ def test_a_disagreement_of_optimizations_is_a_warning(monkeypatch: pytest.Monkey
         values = numpy_helper.to_array(noisy.graph.initializer[0])
         level = 0.01 if len(seen) == 1 else 0.1
         noise = np.random.default_rng(0).standard_normal(values.shape).astype(np.float32) * level
-        noisy.graph.initializer[0].CopyFrom(numpy_helper.from_array(values + noise, noisy.graph.initializer[0].name))
+        noisy.graph.initializer[0].CopyFrom(
+            numpy_helper.from_array(values + noise, noisy.graph.initializer[0].name)
+        )
         return real(open_model(noisy), options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(module, "_loaded", loaded)

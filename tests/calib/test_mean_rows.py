@@ -31,8 +31,14 @@ def state_bytes(stats: MeanStats | RowStats) -> list[tuple[str, bytes]]:
 
 class TestMean:
     @settings(max_examples=50, deadline=None)
-    @given(hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=4, max_side=5), elements=st.floats(-1e3, 1e3, width=32)),
-           st.sampled_from([0, 1, -1, -2]))
+    @given(
+        hnp.arrays(
+            np.float32,
+            hnp.array_shapes(min_dims=2, max_dims=4, max_side=5),
+            elements=st.floats(-1e3, 1e3, width=32),
+        ),
+        st.sampled_from([0, 1, -1, -2]),
+    )
     def test_is_the_mean(self, x: NDArray[np.float32], axis: int) -> None:
         want = np.moveaxis(x, axis, 0).reshape(x.shape[axis], -1).astype(np.float64).mean(axis=1)
         np.testing.assert_allclose(means([x], axis).mean, want, rtol=1e-4, atol=1e-3)
@@ -63,8 +69,9 @@ class TestMean:
         stats = means([np.arange(6, dtype=np.float32).reshape(2, 3)])
         again = MeanStats.from_state(stats.state())
         assert state_bytes(again) == state_bytes(stats)
-        assert state_bytes(MeanStats.from_state(MeanStats(Probe("x", "mean", 1)).state())) == \
-            state_bytes(MeanStats(Probe("x", "mean", 1)))
+        assert state_bytes(MeanStats.from_state(MeanStats(Probe("x", "mean", 1)).state())) == state_bytes(
+            MeanStats(Probe("x", "mean", 1))
+        )
 
     def test_float16_sums_do_not_overflow(self) -> None:
         np.testing.assert_allclose(means([np.full((5000, 2), 100, np.float16)]).mean, 100)
@@ -93,10 +100,13 @@ class TestMean:
             stats.merge(MinMaxStats(Probe("x", "minmax")))
 
 
+WHOLE = Patch()
 PATCH = Patch((3, 3), (2, 1), (1, 2), (1, 0), (1, 0))
 
 
-def rows(arrays: list[NDArray[np.float32]], patch: Patch = Patch(), first: int = 0, **options: float) -> RowStats:
+def rows(
+    arrays: list[NDArray[np.float32]], patch: Patch = WHOLE, first: int = 0, **options: float
+) -> RowStats:
     stats = RowStats(Probe("x", "rows", None, (*patch.options(), *sorted(options.items()))))
     for i, x in enumerate(arrays):
         stats.update(x, SampleId(first + i))
@@ -112,7 +122,9 @@ class TestRows:
         given_rows = {r.tobytes() for r in x.reshape(-1, 4)}
         assert all(r.tobytes() in given_rows for r in kept)
 
-    @pytest.mark.parametrize("patch", [PATCH, Patch((3,), (1,), (1,), (0,), (0,)), Patch((1, 1), (1, 1), (1, 1), (0, 0), (0, 0))])
+    @pytest.mark.parametrize(
+        "patch", [PATCH, Patch((3,), (1,), (1,), (0,), (0,)), Patch((1, 1), (1, 1), (1, 1), (0, 0), (0, 0))]
+    )
     def test_every_patch_is_a_window_of_the_convolution(self, patch: Patch) -> None:
         """Against all windows, made by padding and slicing."""
         rank = len(patch.kernel)
@@ -121,8 +133,10 @@ class TestRows:
         windows = set()
         for n in range(len(x)):
             for place in itertools.product(*map(range, patch.places(x.shape[2:]))):
-                where = [slice(p * s, p * s + d * (k - 1) + 1, d) for p, s, d, k in
-                         zip(place, patch.strides, patch.dilations, patch.kernel, strict=True)]
+                where = [
+                    slice(p * s, p * s + d * (k - 1) + 1, d)
+                    for p, s, d, k in zip(place, patch.strides, patch.dilations, patch.kernel, strict=True)
+                ]
                 windows.add(np.ascontiguousarray(padded[(n, slice(None), *where)]).tobytes())
         kept = rows([x] * 20, patch).rows
         assert {r.tobytes() for r in kept} <= windows
@@ -156,7 +170,10 @@ class TestRows:
         assert state_bytes(RowStats.from_state(rows([]).state())) == state_bytes(rows([]))
 
     def test_samples_too_small_for_a_window(self) -> None:
-        stats = rows([np.zeros((1, 3, 2, 2), np.float32), np.zeros((0, 3, 9, 9), np.float32)], Patch((5, 5), (1, 1), (1, 1), (0, 0), (0, 0)))
+        stats = rows(
+            [np.zeros((1, 3, 2, 2), np.float32), np.zeros((0, 3, 9, 9), np.float32)],
+            Patch((5, 5), (1, 1), (1, 1), (0, 0), (0, 0)),
+        )
         with pytest.raises(CalibrationError, match="no row was seen"):
             _ = stats.rows
 

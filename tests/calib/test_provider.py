@@ -24,11 +24,19 @@ class TestDevices:
     def test_cpu(self) -> None:
         assert require_device("cpu") == "CPUExecutionProvider"
 
-    @pytest.mark.parametrize(("device", "text"), [
-        ("tpu", "device 'tpu' is unknown; use cpu, npu, npu:ID or cuda"),
-        ("npu", r"device 'npu' is not available: .*CPUExecutionProvider; pip install 'onnxslim_ptq\[cann\]'"),
-        ("npu:3", "device 'npu:3' is not available"), ("cuda", "device 'cuda' is not available"), ("", "device '' is unknown"),
-    ])
+    @pytest.mark.parametrize(
+        ("device", "text"),
+        [
+            ("tpu", "device 'tpu' is unknown; use cpu, npu, npu:ID or cuda"),
+            (
+                "npu",
+                r"device 'npu' is not available: .*CPUExecutionProvider; pip install 'onnxslim_ptq\[cann\]'",
+            ),
+            ("npu:3", "device 'npu:3' is not available"),
+            ("cuda", "device 'cuda' is not available"),
+            ("", "device '' is unknown"),
+        ],
+    )
     def test_others(self, device: str, text: str) -> None:
         with pytest.raises(DeviceError, match=text):
             require_device(device)
@@ -38,8 +46,10 @@ class TestDevices:
             create_session(mlp().SerializeToString(), device="npu")
 
     def test_a_provider_that_is_there_but_not_supported_yet(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        fake = types.SimpleNamespace(get_available_providers=lambda: ["CANNExecutionProvider", "CPUExecutionProvider"],
-                                     InferenceSession=object)
+        fake = types.SimpleNamespace(
+            get_available_providers=lambda: ["CANNExecutionProvider", "CPUExecutionProvider"],
+            InferenceSession=object,
+        )
         monkeypatch.setattr(provider, "runtime", lambda: fake)
         with pytest.raises(DeviceError, match="'npu' is not available yet in this version; use --device cpu"):
             require_device("npu")
@@ -51,12 +61,15 @@ class TestRuntime:
 
     def test_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "onnxruntime", None)
-        with pytest.raises(DeviceError, match=r"onnxruntime cannot be imported \(.*\); install exactly one: .*\[cpu\].*\[cann\]"):
+        with pytest.raises(
+            DeviceError,
+            match=r"onnxruntime cannot be imported \(.*\); install exactly one: .*\[cpu\].*\[cann\]",
+        ):
             runtime()
 
     def test_gutted(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "onnxruntime", types.ModuleType("onnxruntime"))
-        with pytest.raises(DeviceError, match="two of its distributions share one folder.*pip uninstall"):
+        with pytest.raises(DeviceError, match=r"two of its distributions share one folder.*pip uninstall"):
             runtime()
 
 
@@ -71,12 +84,17 @@ class TestSessions:
     def test_weights_live_as_long_as_the_session(self) -> None:
         """They are shared, so the session must keep them."""
         model = open_model(mlp())
-        session = create_session(model.proto.SerializeToString(), {k: np.array(v) for k, v in model.weights.items()},
-                                 options=SessionOptions(optimize=Optimize.OFF))
+        session = create_session(
+            model.proto.SerializeToString(),
+            {k: np.array(v) for k, v in model.weights.items()},
+            options=SessionOptions(optimize=Optimize.OFF),
+        )
         del model
         gc.collect()
         feeds = feeds_for(mlp(), 1)
-        np.testing.assert_allclose(session.run(None, dict(feeds[0]))[0], outputs_of(mlp(), feeds)[0][0], rtol=1e-6)
+        np.testing.assert_allclose(
+            session.run(None, dict(feeds[0]))[0], outputs_of(mlp(), feeds)[0][0], rtol=1e-6
+        )
 
     def test_weights_that_nothing_reads(self) -> None:
         proto = mlp()
@@ -87,8 +105,8 @@ class TestSessions:
 
     def test_weights_that_only_a_subgraph_or_an_output_reads(self) -> None:
         body = """g (float[N,16] x, bool c) => (float[N,16] y, float[16,16] v) { h = Relu (x)
-            y = If (c) <then_branch = t () => (float[N,16] p) { p = MatMul (h, w) }, else_branch = e () => (float[N,16] r)
-                { r = Neg (h) }> }"""
+            y = If (c) <then_branch = t () => (float[N,16] p) { p = MatMul (h, w) },
+                        else_branch = e () => (float[N,16] r) { r = Neg (h) }> }"""
         model = open_model(parse(body, weights_of(1, w=(16, 16), v=(16, 16))))
         assert set(model.weights) == {"w", "v"}
         session = create_session(model.proto.SerializeToString(), model.weights)
@@ -102,7 +120,9 @@ class TestSessions:
 
     def test_what_does_not_load_is_one_line(self, capfd: pytest.CaptureFixture[str]) -> None:
         for broken in (b"not a model", mlp().SerializeToString()[:500]):
-            with pytest.raises(GraphError, match=r"ONNX Runtime \d+\.\d+.* cannot load the model: ") as caught:
+            with pytest.raises(
+                GraphError, match=r"ONNX Runtime \d+\.\d+.* cannot load the model: "
+            ) as caught:
                 create_session(broken)
             assert "\n" not in str(caught.value)
         assert capfd.readouterr().err == "", "the message is in the error, not on stderr as well"
@@ -111,7 +131,9 @@ class TestSessions:
         nodes = {}
         for level in (Optimize.OFF, Optimize.BASIC, Optimize.ALL):
             path = tmp_path / f"{level}.onnx"
-            create_session(mlp().SerializeToString(), options=SessionOptions(optimize=level, write_optimized=path))
+            create_session(
+                mlp().SerializeToString(), options=SessionOptions(optimize=level, write_optimized=path)
+            )
             nodes[level] = [n.op_type for n in onnx.load(path, load_external_data=False).graph.node]
         assert nodes[Optimize.OFF] == [n.op_type for n in mlp().graph.node]
         assert len(nodes[Optimize.BASIC]) < len(nodes[Optimize.OFF])
@@ -120,10 +142,17 @@ class TestSessions:
     def test_a_simulation_keeps_float_weights_float(self, tmp_path: Path) -> None:
         """ONNX Runtime quantizes a float weight behind a quantized activation by itself unless told not to."""
         body = """g (float[N,8,4,4] x) => (float[N,8,4,4] y) <float s = {0.02}, uint8 z = {128}>
-            { q = QuantizeLinear (x, s, z) d = DequantizeLinear (q, s, z) y = Conv (d, w) }"""
+            { q = QuantizeLinear (x, s, z) d = DequantizeLinear (q, s, z) c = Conv (d, w) o = QuantizeLinear (c, s, z)
+              y = DequantizeLinear (o, s, z) }"""
         proto = parse(body, weights_of(1, w=(8, 8, 1, 1)))
         for simulate in (True, False):
             path = tmp_path / f"{simulate}.onnx"
-            create_session(proto.SerializeToString(), options=SessionOptions(simulate=simulate, write_optimized=path))
-            types_ = {t.data_type for t in onnx.load(path, load_external_data=False).graph.initializer if len(t.dims) == 4}
+            create_session(
+                proto.SerializeToString(), options=SessionOptions(simulate=simulate, write_optimized=path)
+            )
+            types_ = {
+                t.data_type
+                for t in onnx.load(path, load_external_data=False).graph.initializer
+                if len(t.dims) == 4
+            }
             assert (onnx.TensorProto.INT8 in types_) is not simulate

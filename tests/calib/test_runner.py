@@ -37,14 +37,22 @@ class TestCollect:
         stats = collect(open_model(proto), [Probe(n, "minmax") for n in names], data_of(proto))
         feeds = feeds_for(proto)
         values = outputs_of(with_outputs(proto, ["r1", "a2"]), feeds)
-        exact = {"x": [f["x"] for f in feeds], "y": [v[0] for v in values], "r1": [v[1] for v in values], "a2": [v[2] for v in values]}
+        exact = {
+            "x": [f["x"] for f in feeds],
+            "y": [v[0] for v in values],
+            "r1": [v[1] for v in values],
+            "a2": [v[2] for v in values],
+        }
         for name in names:
             found = stats[Probe(name, "minmax")]
             assert isinstance(found, MinMaxStats)
-            assert (found.lo, found.hi) == (np.concatenate(exact[name]).min(), np.concatenate(exact[name]).max())
+            assert (found.lo, found.hi) == (
+                np.concatenate(exact[name]).min(),
+                np.concatenate(exact[name]).max(),
+            )
             assert found.count == sum(v.size for v in exact[name])
 
-    @pytest.mark.parametrize("kind", [k for k in COLLECTORS])
+    @pytest.mark.parametrize("kind", list(COLLECTORS))
     def test_every_kind_of_statistic_like_one_fed_directly(self, kind: str) -> None:
         proto = mlp()
         probe = Probe("x", kind, -1 if kind in ("channel", "gram", "mean", "channel_histogram") else None)
@@ -61,7 +69,9 @@ class TestCollect:
         """Above the size worth a thread, statistics are updated by a pool; order and result stay."""
         proto = cnn()
         feeds = feeds_for(proto, 6, {"H": 96, "W": 96})
-        probes = [Probe(n, k) for n in ("x", "c1", "r1", "c2", "a") for k in ("histogram", "series", "minmax")]
+        probes = [
+            Probe(n, k) for n in ("x", "c1", "r1", "c2", "a") for k in ("histogram", "series", "minmax")
+        ]
         first, second = (collect(open_model(proto), probes, data_of(proto, feeds)) for _ in range(2))
         for probe in probes:
             for key, value in first[probe].state().items():
@@ -76,7 +86,11 @@ class TestCollect:
         proto = cnn()
         for size in (8, 160):
             with pytest.raises(CalibrationError, match="sample 0: no"):
-                collect(open_model(proto), [Probe("c1", "failing")], data_of(proto, feeds_for(proto, 2, {"H": size, "W": size})))
+                collect(
+                    open_model(proto),
+                    [Probe("c1", "failing")],
+                    data_of(proto, feeds_for(proto, 2, {"H": size, "W": size})),
+                )
 
     def test_samples_are_streamed(self) -> None:
         """The next sample is not asked for before this one was used."""
@@ -128,7 +142,9 @@ class TestCollect:
             def __iter__(self) -> Iterator[Sample]:
                 yield SampleId(0, "seventh.npz"), {"x": np.zeros((2, 7), np.float32)}
 
-        with pytest.raises(CalibrationError, match=r"seventh.npz: the model cannot run on it \(x \[2, 7\] float32\)"):
+        with pytest.raises(
+            CalibrationError, match=r"seventh.npz: the model cannot run on it \(x \[2, 7\] float32\)"
+        ):
             collect(open_model(mlp()), [Probe("r1", "minmax")], Wrong())
 
     def test_an_unknown_tensor(self) -> None:
@@ -158,7 +174,9 @@ class TestTap:
 
 def test_run_model() -> None:
     proto = mlp()
-    for (sample, outputs), want in zip(run_model(open_model(proto), data_of(proto)), outputs_of(proto, feeds_for(proto)), strict=True):
+    for (sample, outputs), want in zip(
+        run_model(open_model(proto), data_of(proto)), outputs_of(proto, feeds_for(proto)), strict=True
+    ):
         np.testing.assert_array_equal(outputs["y"], want[0])
         assert str(sample).startswith("sample ")
 

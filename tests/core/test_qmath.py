@@ -55,7 +55,11 @@ def pair_model(dtype: IntType, per_channel: bool) -> onnx.ModelProto:
 
 
 def feed(x: Array, params: QParams) -> dict[str, Array]:
-    return {"x": x, "s": params.scale.astype(np.float32), "z": params.zero_point.astype(params.spec.dtype.dtype)}
+    return {
+        "x": x,
+        "s": params.scale.astype(np.float32),
+        "z": params.zero_point.astype(params.spec.dtype.dtype),
+    }
 
 
 def onnxruntime_pair(x: Array, params: QParams) -> list[Array]:
@@ -94,8 +98,9 @@ def cases(draw: st.DrawFn) -> tuple[NDArray[np.float32], QParams]:
     zeros = st.integers(dtype.lowest, dtype.highest)
     if draw(st.booleans()):
         return draw(values), qparams(dtype, draw(scales), draw(zeros))
-    return draw(values), qparams(dtype, draw(hnp.arrays(np.float32, 4, elements=scales)),
-                                 draw(hnp.arrays(np.int64, 4, elements=zeros)))
+    return draw(values), qparams(
+        dtype, draw(hnp.arrays(np.float32, 4, elements=scales)), draw(hnp.arrays(np.int64, 4, elements=zeros))
+    )
 
 
 class TestAgainstOnnx:
@@ -108,7 +113,9 @@ class TestAgainstOnnx:
         real = dequantize(codes, params)
         assert real.dtype == np.float32
         others = [onnxruntime_pair(x, params)]
-        if np.abs(x / params.scale).max() < 2**31:  # beyond, the reference evaluator's cast to int32 wraps around
+        if (
+            np.abs(x / params.scale).max() < 2**31
+        ):  # beyond, the reference evaluator's cast to int32 wraps around
             others.append(reference_pair(x, params))
         for other in others:
             np.testing.assert_array_equal(codes, other[0])
@@ -160,14 +167,19 @@ class TestAgainstOnnx:
 
     def test_int32_codes_of_a_bias(self) -> None:
         """DequantizeLinear of int32, per channel, as a bias is read back."""
-        params = QParams(QuantSpec(INT32, PerChannel(0), True), np.asarray([0.1, 3e-7], np.float32).astype(np.float64),
-                         np.zeros(2, np.int64))
+        params = QParams(
+            QuantSpec(INT32, PerChannel(0), True),
+            np.asarray([0.1, 3e-7], np.float32).astype(np.float64),
+            np.zeros(2, np.int64),
+        )
         codes = np.asarray([-(2**31), 2**31 - 1], np.int32)
         model = onnx.parser.parse_model(
             '<ir_version: 9, opset_import: ["" : 19]> g (int32[2] c, float[2] s, int32[2] z) => (float[2] y)'
-            " { y = DequantizeLinear<axis = 0> (c, s, z) }")
-        want = ReferenceEvaluator(model).run(None, {"c": codes, "s": params.scale.astype(np.float32),
-                                                    "z": np.zeros(2, np.int32)})[0]
+            " { y = DequantizeLinear<axis = 0> (c, s, z) }"
+        )
+        want = ReferenceEvaluator(model).run(
+            None, {"c": codes, "s": params.scale.astype(np.float32), "z": np.zeros(2, np.int32)}
+        )[0]
         np.testing.assert_array_equal(dequantize(codes, params), want)
 
 
@@ -179,7 +191,9 @@ class TestParamsFromRange:
     @given(ends, ends, st.sampled_from(TYPES), st.booleans())
     def test_any_range(self, a: float, b: float, dtype: IntType, symmetric: bool) -> None:
         lo, hi = min(a, b), max(a, b)
-        params = params_from_range(Range(np.asarray(lo), np.asarray(hi)), QuantSpec(dtype, PerTensor(), symmetric))
+        params = params_from_range(
+            Range(np.asarray(lo), np.asarray(hi)), QuantSpec(dtype, PerTensor(), symmetric)
+        )
         scale, zero = float(params.scale), int(params.zero_point)
         assert scale > 0
         assert scale == float(np.float32(scale)), "the file holds exactly this number"
@@ -195,7 +209,9 @@ class TestParamsFromRange:
     @pytest.mark.parametrize("dtype", TYPES, ids=str)
     @pytest.mark.parametrize("symmetric", [False, True])
     def test_only_zero_gets_scale_one(self, dtype: IntType, symmetric: bool) -> None:
-        params = params_from_range(Range(np.zeros(2), np.zeros(2)), QuantSpec(dtype, PerChannel(0), symmetric))
+        params = params_from_range(
+            Range(np.zeros(2), np.zeros(2)), QuantSpec(dtype, PerChannel(0), symmetric)
+        )
         assert params.scale.tolist() == [1.0, 1.0]
         assert dequantize(quantize(np.zeros(2, np.float32), params), params).tolist() == [0.0, 0.0]
 
@@ -206,7 +222,9 @@ class TestParamsFromRange:
 
     @pytest.mark.parametrize(("lo", "hi"), [(2.0, 3.0), (-3.0, -2.0), (-1.0, 1.0)])
     def test_contains_zero(self, lo: float, hi: float) -> None:
-        params = params_from_range(Range(np.asarray(lo), np.asarray(hi)), QuantSpec(UINT8, PerTensor(), False))
+        params = params_from_range(
+            Range(np.asarray(lo), np.asarray(hi)), QuantSpec(UINT8, PerTensor(), False)
+        )
         low, high = params.range()
         assert low <= 0 <= high
         assert np.isclose(high - low, max(hi, 0) - min(lo, 0))
@@ -222,13 +240,16 @@ class TestParamsFromRange:
         assert quantize(ends, unsigned).tolist() == [1, 255]
 
     def test_asymmetric_formula(self) -> None:
-        params = params_from_range(Range(np.asarray([-1.0, 0.0]), np.asarray([3.0, 51.0])),
-                                   QuantSpec(UINT8, PerChannel(0), False))
+        params = params_from_range(
+            Range(np.asarray([-1.0, 0.0]), np.asarray([3.0, 51.0])), QuantSpec(UINT8, PerChannel(0), False)
+        )
         np.testing.assert_array_equal(params.scale, np.asarray([4 / 255, 0.2], np.float32).astype(np.float64))
         assert params.zero_point.tolist() == [64, 0]  # round(1 / (4 / 255)) = round(63.75)
 
     def test_a_smaller_number_of_codes(self) -> None:
-        params = params_from_range(Range(np.asarray(-6.4), np.asarray(6.4)), QuantSpec(INT8, PerTensor(), True), codes=64)
+        params = params_from_range(
+            Range(np.asarray(-6.4), np.asarray(6.4)), QuantSpec(INT8, PerTensor(), True), codes=64
+        )
         assert quantize(np.asarray([-6.4, 6.4], np.float32), params).tolist() == [-64, 64]
 
     @pytest.mark.parametrize(("lo", "hi"), [(np.nan, 1.0), (-1.0, np.nan), (-np.inf, 1.0), (-1.0, np.inf)])
@@ -239,8 +260,14 @@ class TestParamsFromRange:
 
 class TestChannelRange:
     @settings(max_examples=50, deadline=None)
-    @given(hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=4, max_side=4),
-                      elements=st.floats(-10, 10, width=32)), st.integers(-2, 1))
+    @given(
+        hnp.arrays(
+            np.float32,
+            hnp.array_shapes(min_dims=2, max_dims=4, max_side=4),
+            elements=st.floats(-10, 10, width=32),
+        ),
+        st.integers(-2, 1),
+    )
     def test_extremes(self, weight: NDArray[np.float32], axis: int) -> None:
         rows = np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)
         rng = channel_range(weight, axis)

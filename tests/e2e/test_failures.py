@@ -47,9 +47,13 @@ class TestExternalDataAndLargeModels:
         paths = result.save(tmp_path / "out" / "q.onnx")
         assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == stamps
         inside = quantized(mlp()).save(tmp_path / "inside" / "q.onnx")
-        assert paths.model.read_bytes() == inside.model.read_bytes(), "where weights were stored does not matter"
+        assert paths.model.read_bytes() == inside.model.read_bytes(), (
+            "where weights were stored does not matter"
+        )
 
-    def test_the_working_folder_does_not_matter(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_working_folder_does_not_matter(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         onnx.save(mlp(), tmp_path / "m.onnx", save_as_external_data=True, location="m.bin", size_threshold=0)
         (tmp_path / "elsewhere").mkdir()
         monkeypatch.chdir(tmp_path / "elsewhere")
@@ -59,8 +63,10 @@ class TestExternalDataAndLargeModels:
     def test_large_weights_are_never_serialized(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Sessions get skeletons: no message that is made contains the weights."""
         width = 600
-        proto = parse(f"g (float[N,{width}] x) => (float[N,{width}] y) {{ h = MatMul (x, w) r = Relu (h) y = MatMul (r, v) }}",
-                      weights_of(1, w=(width, width), v=(width, width)))
+        proto = parse(
+            f"g (float[N,{width}] x) => (float[N,{width}] y) {{ h = MatMul (x, w) r = Relu (h) y = MatMul (r, v) }}",
+            weights_of(1, w=(width, width), v=(width, width)),
+        )
         sizes: list[int] = []
         session = ort.InferenceSession.__init__
 
@@ -100,17 +106,35 @@ class TestExternalDataAndLargeModels:
             for i, tensor in enumerate(weights):
                 tensor.ClearField("raw_data")
                 tensor.data_location = TensorProto.EXTERNAL
-                for key, value in (("location", "m.bin"), ("offset", file.tell()), ("length", width * width * 4)):
+                for key, value in (
+                    ("location", "m.bin"),
+                    ("offset", file.tell()),
+                    ("length", width * width * 4),
+                ):
                     tensor.external_data.add(key=key, value=str(value))
                 for part in range(8):
                     file.write(np.roll(block, i + part, axis=1).tobytes())
-        nodes = [helper.make_node("MatMul", [f"h{i}" if i else "x", f"w{i}"], [f"h{i + 1}" if i < count - 1 else "y"])
-                 for i in range(count)]
-        graph = helper.make_graph(nodes, "g", [helper.make_tensor_value_info("x", 1, ["n", width])],
-                                  [helper.make_tensor_value_info("y", 1, ["n", width])], weights)
-        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx")
+        nodes = [
+            helper.make_node(
+                "MatMul", [f"h{i}" if i else "x", f"w{i}"], [f"h{i + 1}" if i < count - 1 else "y"]
+            )
+            for i in range(count)
+        ]
+        graph = helper.make_graph(
+            nodes,
+            "g",
+            [helper.make_tensor_value_info("x", 1, ["n", width])],
+            [helper.make_tensor_value_info("y", 1, ["n", width])],
+            weights,
+        )
+        onnx.save(
+            helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8),
+            tmp_path / "m.onnx",
+        )
         feeds = [{"x": rng.standard_normal((2, width)).astype(np.float32)} for _ in range(2)]
-        paths = quantize(tmp_path / "m.onnx", recipe="w8a8-minmax", calib_data=feeds).save(tmp_path / "q.onnx")
+        paths = quantize(tmp_path / "m.onnx", recipe="w8a8-minmax", calib_data=feeds).save(
+            tmp_path / "q.onnx"
+        )
         onnx.checker.check_model(paths.model)
         session = ort.InferenceSession(paths.model, providers=["CPUExecutionProvider"])
         assert session.run(None, feeds[0])[0].shape == (2, width)
@@ -132,16 +156,26 @@ class TestSaturation:
         for codes in result.plan.weight_codes.values():
             pairs = np.abs(codes.codes.astype(int)[:-1] + codes.codes.astype(int)[1:]).max()
             assert 255 * int(pairs) <= 2**15
-        assert max(255 * int(np.abs(c.codes.astype(int)[:-1] + c.codes.astype(int)[1:]).max())
-                   for c in quantized(mlp(), reduce_range="off").plan.weight_codes.values()) > 2**15
+        assert (
+            max(
+                255 * int(np.abs(c.codes.astype(int)[:-1] + c.codes.astype(int)[1:]).max())
+                for c in quantized(mlp(), reduce_range="off").plan.weight_codes.values()
+            )
+            > 2**15
+        )
 
     def test_automatic(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """`auto` asks the processor, and only when that is what the model will run on."""
         from onnxslim_ptq import api
 
         monkeypatch.setattr(api, "saturates", lambda: True)
-        largest = {t: max(int(np.abs(c.codes.astype(int)).max()) for c in quantized(mlp(), target=t).plan.weight_codes.values())
-                   for t in ("cpu", "generic", "tensorrt")}
+        largest = {
+            t: max(
+                int(np.abs(c.codes.astype(int)).max())
+                for c in quantized(mlp(), target=t).plan.weight_codes.values()
+            )
+            for t in ("cpu", "generic", "tensorrt")
+        }
         assert largest == {"cpu": 64, "generic": 127, "tensorrt": 127}
 
 
@@ -151,8 +185,10 @@ class TestRaggedShapes:
     @pytest.mark.parametrize("range_type", RANGE_TYPES)
     def test_every_sample_another_size(self, range_type: str) -> None:
         rng = np.random.default_rng(0)
-        feeds: list[Feed] = [{"x": rng.standard_normal((int(n), 3, int(h), int(w))).astype(np.float32)}
-                             for n, h, w in rng.integers([1, 4, 4], [4, 12, 12], (16, 3))]
+        feeds: list[Feed] = [
+            {"x": rng.standard_normal((int(n), 3, int(h), int(w))).astype(np.float32)}
+            for n, h, w in rng.integers([1, 4, 4], [4, 12, 12], (16, 3))
+        ]
         proto = cnn()
         result = quantized(proto, feeds, recipe=recipe_of(range_type))
         assert result.metrics["sqnr_db"] > 20
@@ -185,9 +221,10 @@ class TestRaggedShapes:
         assert len(result.plan.weights) == 2
 
     def test_a_layer_that_never_sees_anything(self) -> None:
-        body = "g (float[N,16] x) => (float[N,8] y) { e = Slice (x, zero, zero, zero) z = MatMul (e, w) y = MatMul (x, w) s = Shape (z) }"
+        body = """g (float[N,16] x) => (float[N,8] y) { e = Slice (x, zero, zero, zero) z = MatMul (e, w)
+            y = MatMul (x, w) s = Shape (z) }"""
         proto = parse(body, weights_of(1, w=(16, 8)) | {"zero": np.asarray([0])})
-        with pytest.raises(CalibrationError, match="tensor 'e'.*no finite value"):
+        with pytest.raises(CalibrationError, match=r"tensor 'e'.*no finite value"):
             quantized(proto)
         assert quantized(proto, exclude=["MatMul_z"]).plan.quantized_nodes() == ["MatMul_y"]
 
@@ -210,7 +247,10 @@ class TestInvalidResults:
     @pytest.mark.parametrize("target", ["cpu", "generic", "openvino"])
     @pytest.mark.parametrize("opset", [13, 17, 19])
     def test_float16(self, opset: int, target: str, tmp_path: Path) -> None:
-        half = {k: v.astype(np.float16) for k, v in weights_of(1, w=(8, 3, 1, 1), b=(8,), k=(8, 4), c=(4,)).items()}
+        half = {
+            k: v.astype(np.float16)
+            for k, v in weights_of(1, w=(8, 3, 1, 1), b=(8,), k=(8, 4), c=(4,)).items()
+        }
         body = """g (float16[N,3,8,8] x) => (float16[N,4] y) { h = Conv (x, w, b) r = Relu (h) p = GlobalAveragePool (r)
             f = Flatten (p) m = MatMul (f, k) y = Add (m, c) }"""
         proto = parse(body, half, opset)
@@ -225,7 +265,9 @@ class TestInvalidResults:
 
     def test_already_quantized_is_refused(self, tmp_path: Path) -> None:
         paths = quantized(mlp()).save(tmp_path / "q.onnx")
-        with pytest.raises(GraphError, match=r"q.onnx is already quantized \(node 'x_QuantizeLinear' and \d+ more\)"):
+        with pytest.raises(
+            GraphError, match=r"q.onnx is already quantized \(node 'x_QuantizeLinear' and \d+ more\)"
+        ):
             quantize(paths.model, calib_data=feeds_for(mlp()))
 
     def test_its_float_part_may_be_quantized_on_request(self) -> None:
@@ -282,10 +324,14 @@ class TestNumbers:
         return feeds
 
     @pytest.mark.parametrize("range_type", RANGE_TYPES)
-    @pytest.mark.parametrize(("bad", "text"), [(np.nan, "3 NaN and 0 Inf"), (np.inf, "0 NaN and 3 Inf"),
-                                               (-np.inf, "0 NaN and 3 Inf")])
+    @pytest.mark.parametrize(
+        ("bad", "text"),
+        [(np.nan, "3 NaN and 0 Inf"), (np.inf, "0 NaN and 3 Inf"), (-np.inf, "0 NaN and 3 Inf")],
+    )
     def test_the_error_names_tensor_and_sample(self, bad: float, text: str, range_type: str) -> None:
-        with pytest.raises(CalibrationError, match=f"tensor 'x': {text} values, first in sample 3; fix the sample"):
+        with pytest.raises(
+            CalibrationError, match=f"tensor 'x': {text} values, first in sample 3; fix the sample"
+        ):
             quantized(mlp(), self._feeds(bad), recipe=recipe_of(range_type))
 
     @pytest.mark.parametrize("range_type", RANGE_TYPES)
@@ -302,8 +348,10 @@ class TestNumbers:
         """A sample of nothing but NaN leaves ranges and codes as if it were not there."""
         feeds = feeds_for(mlp(), 7)  # below 8: all calibrate
         nothing: Feed = {"x": np.full((3, 16), np.nan, np.float32)}
-        clean, with_it = quantized(mlp(), feeds), quantized(mlp(), [*feeds, nothing][:8], nan="ignore",
-                                                            eval_data=feeds)
+        clean, with_it = (
+            quantized(mlp(), feeds),
+            quantized(mlp(), [*feeds, nothing][:8], nan="ignore", eval_data=feeds),
+        )
         for a, b in zip(clean.plan.params.values(), with_it.plan.params.values(), strict=True):
             assert (float(a.scale), int(a.zero_point)) == (float(b.scale), int(b.zero_point))
 
@@ -311,7 +359,9 @@ class TestNumbers:
         """Only the layers that read or make what is not finite stay float."""
         body = """g (float[N,16] x) => (float[N,8] y) { [a] h = MatMul (x, w1) s = Sqrt (h) [b] k = MatMul (s, w2)
             bad = IsNaN (k) m = Where (bad, zero, k) [c] y = MatMul (m, w3) }"""
-        proto = parse(body, weights_of(1, w1=(16, 16), w2=(16, 8), w3=(8, 8)) | {"zero": np.zeros((), np.float32)})
+        proto = parse(
+            body, weights_of(1, w1=(16, 16), w2=(16, 8), w3=(8, 8)) | {"zero": np.zeros((), np.float32)}
+        )
         with pytest.raises(CalibrationError, match="tensor 's'"):
             quantized(proto, min_sqnr=0.0)
         result = quantized(proto, nan="exclude-layer", min_sqnr=0.0)
@@ -329,7 +379,7 @@ class TestNumbers:
         assert result.skipped == {"a": "its output 'h' has NaN or Inf"}
 
     def test_exclude_layer_keeps_the_output_that_a_neighbour_needs(self) -> None:
-        """A 2-D MatMul with a residual Add fuses with an output Q only; leaving another layer out must not lose that."""
+        """A 2-D MatMul with a residual Add fuses with an output Q only; leaving another out must not lose that."""
         body = """g (float[N,16] x) => (float[N,16] y, float[N,16] z) { [a] m = MatMul (x, w) y = Add (m, x)
             s = Sqrt (x) [b] z = MatMul (s, v) }"""
         proto = parse(body, weights_of(1, w=(16, 16), v=(16, 16)))
@@ -345,10 +395,16 @@ class TestNumbers:
     def test_nothing_but_zeros(self, make: Any) -> None:
         proto = make()
         result = quantized(proto, [{"x": np.asarray(f["x"]) * 0} for f in feeds_for(proto)])
-        (slot,) = {s.params for u, s in result.plan.activations.items() if isinstance(u, Use) and u.node in ("conv1", "mm1")}
+        (slot,) = {
+            s.params
+            for u, s in result.plan.activations.items()
+            if isinstance(u, Use) and u.node in ("conv1", "mm1")
+        }
         assert float(result.plan.params[slot].scale) == 1.0
         exact, seen = outputs_of(proto, feeds_for(proto)), outputs_of(result.model, feeds_for(proto))
-        assert all(np.isfinite(z[0]).all() and z[0].shape == y[0].shape for y, z in zip(exact, seen, strict=True))
+        assert all(
+            np.isfinite(z[0]).all() and z[0].shape == y[0].shape for y, z in zip(exact, seen, strict=True)
+        )
 
     @pytest.mark.parametrize("make", [cnn, mlp])
     def test_weights_of_zeros(self, make: Any) -> None:
@@ -393,19 +449,30 @@ class TestNumbers:
         result = quantized(mlp(), [{"x": x}, *feeds[1:]], min_sqnr=0.0)
         assert all(np.isfinite(p.scale).all() for p in result.plan.params.values())
         x[0] = 3e38
-        with pytest.raises(CalibrationError, match="tensor 'r1': 0 NaN and"):  # the float model itself overflows there
+        with pytest.raises(
+            CalibrationError, match="tensor 'r1': 0 NaN and"
+        ):  # the float model itself overflows there
             quantized(mlp(), [{"x": x}, *feeds[1:]])
 
 
 class TestPatterns:
     """Exclusions were ignored without a word; names had shifted."""
 
-    @pytest.mark.parametrize(("pattern", "left"), [
-        ("conv1", ["conv2", "conv3", "fc"]), ("conv*", ["fc"]), ("re:conv[12]", ["conv3", "fc"]),
-        ("op:Gemm", ["conv1", "conv2", "conv3"]), ("w2", ["conv1", "conv3", "fc"]), ("*[13]", ["conv2", "fc"]),
-    ])
+    @pytest.mark.parametrize(
+        ("pattern", "left"),
+        [
+            ("conv1", ["conv2", "conv3", "fc"]),
+            ("conv*", ["fc"]),
+            ("re:conv[12]", ["conv3", "fc"]),
+            ("op:Gemm", ["conv1", "conv2", "conv3"]),
+            ("w2", ["conv1", "conv3", "fc"]),
+            ("*[13]", ["conv2", "fc"]),
+        ],
+    )
     def test_exclude(self, pattern: str, left: list[str]) -> None:
-        result = quantized(cnn(), exclude=[pattern])
+        result = quantized(
+            cnn(), exclude=[pattern], target="generic"
+        )  # others may leave further layers float
         assert result.plan.quantized_nodes() == left
         assert set(result.skipped.values()) == {f"excluded by pattern '{pattern}'"}
 
@@ -415,11 +482,14 @@ class TestPatterns:
 
     @pytest.mark.parametrize("pattern", ["covn1", "re:conv[89]", "op:LSTM", "CONV1", "conv"])
     def test_one_that_matches_nothing(self, pattern: str) -> None:
-        with pytest.raises(RecipeError, match=rf"exclude: pattern '{re.escape(pattern)}' matches no layer; .*(conv|operators)"):
+        with pytest.raises(
+            RecipeError,
+            match=rf"exclude: pattern '{re.escape(pattern)}' matches no layer; .*(conv|operators)",
+        ):
             quantized(cnn(), exclude=[pattern])
 
     def test_everything_excluded(self) -> None:
-        with pytest.raises(GraphError, match="no layer can be quantized.*excluded by pattern"):
+        with pytest.raises(GraphError, match=r"no layer can be quantized.*excluded by pattern"):
             quantized(cnn(), exclude=["*"])
 
     def test_names_of_the_file_survive_simplification(self) -> None:
@@ -440,7 +510,9 @@ class TestSubgraphsAndSharing:
 
     WEIGHTS = weights_of(1, w=(16, 16), v=(16, 16), u=(16, 4))
 
-    def _check(self, body: str, quantized_nodes: list[str], extra: dict[str, NDArray[np.generic]] | None = None) -> onnx.ModelProto:
+    def _check(
+        self, body: str, quantized_nodes: list[str], extra: dict[str, NDArray[np.generic]] | None = None
+    ) -> onnx.ModelProto:
         proto = parse(body, {**self.WEIGHTS, **(extra or {})})
         result = quantized(proto)
         assert result.plan.quantized_nodes() == quantized_nodes
@@ -457,21 +529,32 @@ class TestSubgraphsAndSharing:
 
     def test_if(self) -> None:
         """Both branches read outer values: a layer's output and a weight that a layer outside shares."""
-        self._check("""g (float[N,16] x, bool flag) => (float[N,4] y) { [a] h = MatMul (x, w)
+        self._check(
+            """g (float[N,16] x, bool flag) => (float[N,4] y) { [a] h = MatMul (x, w)
             [branch] k = If (flag) <then_branch = t () => (float[N,16] p) { q = MatMul (h, w) p = Relu (q) },
                                     else_branch = e () => (float[N,16] r) { r = Tanh (h) }>
-            [b] y = MatMul (k, u) }""", ["a", "b"])
+            [b] y = MatMul (k, u) }""",
+            ["a", "b"],
+        )
 
     def test_loop(self) -> None:
-        self._check("""g (float[N,16] x) => (float[N,4] y) { [a] h = MatMul (x, w)
+        self._check(
+            """g (float[N,16] x) => (float[N,4] y) { [a] h = MatMul (x, w)
             [loop] k = Loop (three, , h) <body = b (int64 i, bool c, float[N,16] s) => (bool d, float[N,16] o)
                 { d = Identity (c) q = MatMul (s, v) o = Tanh (q) }>
-            [b] y = MatMul (k, u) }""", ["a", "b"], {"three": np.asarray(3)})
+            [b] y = MatMul (k, u) }""",
+            ["a", "b"],
+            {"three": np.asarray(3)},
+        )
 
     def test_scan(self) -> None:
-        self._check("""g (float[N,16] x) => (float[N,16] y) { [a] h = MatMul (x, w)
+        self._check(
+            """g (float[N,16] x) => (float[N,16] y) { [a] h = MatMul (x, w)
             [scan] end, y = Scan <num_scan_inputs = 1, body = b (float[16] s, float[16] r) => (float[16] t, float[16] o)
-                { t = Add (s, r) o = Tanh (t) }> (start, h) }""", ["a"], {"start": np.zeros(16, np.float32)})
+                { t = Add (s, r) o = Tanh (t) }> (start, h) }""",
+            ["a"],
+            {"start": np.zeros(16, np.float32)},
+        )
 
     def test_a_conv_output_that_a_subgraph_reads(self) -> None:
         weights = weights_of(1, c=(8, 3, 1, 1), d=(8, 8, 1, 1))
@@ -482,7 +565,8 @@ class TestSubgraphsAndSharing:
         self._check(body, ["a", "b"], dict(weights))
 
     def test_tied_weights_stay_tied(self) -> None:
-        body = "g (float[N,16] x) => (float[N,16] y) { [a] h = MatMul (x, w) r = Tanh (h) [b] k = MatMul (r, w) y = Relu (k) }"
+        body = """g (float[N,16] x) => (float[N,16] y) { [a] h = MatMul (x, w) r = Tanh (h) [b] k = MatMul (r, w)
+            y = Relu (k) }"""
         model = self._check(body, ["a", "b"])
         assert sum(t.data_type == TensorProto.INT8 and len(t.dims) == 2 for t in model.graph.initializer) == 1
         assert not any(t.data_type == TensorProto.FLOAT and len(t.dims) == 2 for t in model.graph.initializer)
@@ -502,7 +586,9 @@ class TestSubgraphsAndSharing:
         proto = cnn(7)
         proto.ir_version = 3
         for tensor in proto.graph.initializer:
-            proto.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+            proto.graph.input.append(
+                helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+            )
         result = quantized(proto, feeds_for(cnn()))
         assert [i.name for i in result.model.graph.input] == ["x"]
         assert any("initializers were also graph inputs" in n for n in result.notes)
@@ -513,13 +599,17 @@ class TestSubgraphsAndSharing:
         weights = {"w": weights_of(1, w=(16, 4))["w"], "b": np.full(shape, 0.75, np.float32)}
         if attributes:
             weights["w"] = np.ascontiguousarray(weights["w"].T)
-        proto = parse(f"g (float[N,16] x) => (float[N,4] y) {{ [fc] y = Gemm {attributes} (x, w, b) }}", weights)
+        proto = parse(
+            f"g (float[N,16] x) => (float[N,4] y) {{ [fc] y = Gemm {attributes} (x, w, b) }}", weights
+        )
         result = quantized(proto)
         assert result.plan.quantized_nodes() == ["fc"]
         assert result.metrics["sqnr_db"] > 35
 
     def test_gemm_with_a_transposed_input(self) -> None:
-        proto = parse("g (float[16,N] x) => (float[N,4] y) { [fc] y = Gemm <transA = 1> (x, w, b) }",
-                      weights_of(1, w=(16, 4), b=(4,)))
+        proto = parse(
+            "g (float[16,N] x) => (float[N,4] y) { [fc] y = Gemm <transA = 1> (x, w, b) }",
+            weights_of(1, w=(16, 4), b=(4,)),
+        )
         for recipe in ("w8a8", "w8a8-output-mse"):
             assert quantized(proto, recipe=recipe).metrics["sqnr_db"] > 35

@@ -17,7 +17,8 @@ from onnxslim_ptq import quantize
 rng = np.random.default_rng(0)
 nodes, weights, last = [], [], "x"
 for i, (a, b) in enumerate([(3, 32), (32, 32), (32, 32), (32, 32), (32, 32), (32, 8)]):
-    weights.append(numpy_helper.from_array((rng.standard_normal((b, a, 3, 3)) / np.sqrt(a * 9)).astype(np.float32), f"w{i}"))
+    weight = (rng.standard_normal((b, a, 3, 3)) / np.sqrt(a * 9)).astype(np.float32)
+    weights.append(numpy_helper.from_array(weight, f"w{i}"))
     nodes += [helper.make_node("Conv", [last, f"w{i}"], [f"c{i}"], f"conv{i}", pads=[1, 1, 1, 1]),
               helper.make_node("Relu", [f"c{i}"], [f"r{i}"])]
     last = f"r{i}"
@@ -39,11 +40,16 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 @pytest.mark.parametrize("recipe", ["w8a8", "w8a8-percentile", "w8a8-output-mse"])
 def test_peak_does_not_grow_with_the_samples(recipe: str) -> None:
-    """Peak resident memory of 32 and of 192 samples; up to 32, bounded reservoirs and the judge's samples still fill."""
+    """Peak resident memory of 32 and of 192 samples; until then bounded reservoirs still fill."""
     root = str(Path(__file__).parents[2])
     peaks = []
     for count in (32, 192):
-        done = subprocess.run([sys.executable, "-c", _CHILD, str(count), recipe], check=True, capture_output=True,
-                              text=True, cwd=root)
+        done = subprocess.run(
+            [sys.executable, "-c", _CHILD, str(count), recipe],
+            check=True,
+            capture_output=True,
+            text=True,
+            cwd=root,
+        )
         peaks.append(int(done.stdout))
     assert peaks[1] < peaks[0] * 1.05, f"{peaks[0]} KiB grew to {peaks[1]} KiB"

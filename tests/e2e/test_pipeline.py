@@ -17,7 +17,7 @@ import pytest
 from calib.runner import Progress
 from calib.types import Feed
 from onnxslim_ptq import quantize
-from onnxslim_ptq.errors import CalibrationError, DeviceError, GraphError, RecipeError, VerificationError
+from onnxslim_ptq.errors import DeviceError, GraphError, RecipeError, VerificationError
 from tests.models import cnn, feeds_for, mlp, outputs_of, quantized, session_of, sqnr_of
 
 DIGITS = Path(__file__).parents[2] / "tools" / "digits"
@@ -46,12 +46,16 @@ class TestDigits:
         images, labels = held_out
         result = quantize(DIGITS / "digits.onnx", calib_data=digits, target=target)
         assert result.skipped == {}
-        answers = [outputs_of(m, [{"image": images}]) for m in (onnx.load(DIGITS / "digits.onnx"), result.model)]
+        answers = [
+            outputs_of(m, [{"image": images}]) for m in (onnx.load(DIGITS / "digits.onnx"), result.model)
+        ]
         right = [int((a[0][0].argmax(axis=1) == labels).sum()) for a in answers]
         assert right[1] >= right[0] - 1
         measured = sqnr_of(*answers)
         assert measured > 22
-        assert result.metrics["sqnr_db"] == pytest.approx(measured, abs=6), "what it claims is what strangers measure"
+        assert result.metrics["sqnr_db"] == pytest.approx(measured, abs=6), (
+            "what it claims is what strangers measure"
+        )
         assert result.metrics["measured_on"] == "held-out"
         assert result.context.calibration.samples == 56
 
@@ -65,7 +69,9 @@ class TestDigits:
         np.testing.assert_array_equal(session.run(None, dict(digits[0]))[0], want[0])
         onnx.checker.check_model(paths.model, full_check=True)
         document = json.loads(paths.json.read_text())
-        schema = json.loads(resources.files("onnxslim_ptq.export").joinpath("weights.schema.json").read_text())
+        schema = json.loads(
+            resources.files("onnxslim_ptq.export").joinpath("weights.schema.json").read_text()
+        )
         jsonschema.validate(document, schema)
         assert document["metrics"]["sqnr_db"] == result.metrics["sqnr_db"]
         assert document["source"]["file"] == "digits.onnx"
@@ -77,16 +83,25 @@ class TestDigits:
         assert paths.model.name == "digits_w8a8.onnx"
         document = json.loads(paths.json.read_text())
         tensors = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(paths.model).graph.initializer}
-        readers = {n.input[0]: n for n in onnx.load(paths.model).graph.node if n.op_type == "DequantizeLinear"}
+        readers = {
+            n.input[0]: n for n in onnx.load(paths.model).graph.node if n.op_type == "DequantizeLinear"
+        }
         assert document["weights"]
         for entry in document["weights"].values():
             node = readers[entry["quantized_name"]]
-            np.testing.assert_array_equal(tensors[node.input[1]].reshape(-1), np.asarray(entry["scale"], np.float32))
+            np.testing.assert_array_equal(
+                tensors[node.input[1]].reshape(-1), np.asarray(entry["scale"], np.float32)
+            )
             assert list(tensors[entry["quantized_name"]].shape) == entry["shape"]
         for name, entry in document["activations"].items():
-            node = next(n for n in onnx.load(paths.model).graph.node
-                        if n.op_type == "QuantizeLinear" and n.input[0] in (name, f"{name}_float"))
-            assert tensors[node.input[1]].reshape(-1).tolist() == np.asarray(entry["scale"], np.float32).tolist()
+            node = next(
+                n
+                for n in onnx.load(paths.model).graph.node
+                if n.op_type == "QuantizeLinear" and n.input[0] in (name, f"{name}_float")
+            )
+            assert (
+                tensors[node.input[1]].reshape(-1).tolist() == np.asarray(entry["scale"], np.float32).tolist()
+            )
 
     def test_two_runs_give_the_same_bytes(self, digits: list[Feed], tmp_path: Path) -> None:
         files = []
@@ -97,12 +112,19 @@ class TestDigits:
 
     def test_in_another_process_too(self, digits: list[Feed], tmp_path: Path) -> None:
         """Hash seeds and thread counts differ there."""
-        code = ("import glob, sys, numpy as np; from onnxslim_ptq import quantize\n"
-                f"feeds = [{{'image': np.load(p)['image']}} for p in sorted(glob.glob({str(DIGITS / 'calib' / '*.npz')!r}))]\n"
-                f"quantize({str(DIGITS / 'digits.onnx')!r}, calib_data=feeds, threads=1).save(sys.argv[1])\n")
+        code = (
+            "import glob, sys, numpy as np; from onnxslim_ptq import quantize\n"
+            f"files = sorted(glob.glob({str(DIGITS / 'calib' / '*.npz')!r}))\n"
+            "feeds = [{'image': np.load(p)['image']} for p in files]\n"
+            f"quantize({str(DIGITS / 'digits.onnx')!r}, calib_data=feeds, threads=1).save(sys.argv[1])\n"
+        )
         there = tmp_path / "there.onnx"
-        subprocess.run([sys.executable, "-c", code, there], check=True, cwd=DIGITS.parents[1],
-                       env={"PYTHONHASHSEED": "7", "PATH": "/usr/bin:/bin", "PYTHONPATH": str(DIGITS.parents[1])})
+        subprocess.run(
+            [sys.executable, "-c", code, there],
+            check=True,
+            cwd=DIGITS.parents[1],
+            env={"PYTHONHASHSEED": "7", "PATH": "/usr/bin:/bin", "PYTHONPATH": str(DIGITS.parents[1])},
+        )
         here = quantize(DIGITS / "digits.onnx", calib_data=digits, threads=1).save(tmp_path / "here.onnx")
         assert there.read_bytes() == here.model.read_bytes()
         assert there.with_suffix(".json").read_bytes() == here.json.read_bytes()
@@ -149,7 +171,9 @@ class TestArguments:
                 quantized(mlp(), **options)
 
     def test_min_sqnr(self) -> None:
-        with pytest.raises(VerificationError, match=r"output 'y' reaches \d+\.\d dB SQNR, below --min-sqnr 200"):
+        with pytest.raises(
+            VerificationError, match=r"output 'y' reaches \d+\.\d dB SQNR, below --min-sqnr 200"
+        ):
             quantized(mlp(), min_sqnr=200.0)
         assert quantized(mlp(), min_sqnr=0.0).metrics["sqnr_db"] > 20
 
@@ -181,7 +205,9 @@ class TestArguments:
         onnx.save(mlp(), tmp_path / "m.onnx")
         result = quantize(tmp_path / "m.onnx", calib_data=tmp_path / "0.npz", eval_data=[tmp_path / "7.npz"])
         assert result.context.calibration.samples == 1
-        assert quantize(str(tmp_path / "m.onnx"), calib_data=[tmp_path / f"{i}.npz" for i in range(4)]).plan.weights
+        assert quantize(
+            str(tmp_path / "m.onnx"), calib_data=[tmp_path / f"{i}.npz" for i in range(4)]
+        ).plan.weights
 
 
 class TestSaving:
@@ -200,10 +226,13 @@ class TestSaving:
         assert paths.data.is_file()
         session = ort.InferenceSession(paths.model, providers=["CPUExecutionProvider"])
         feed = feeds_for(mlp(), 1)[0]
-        np.testing.assert_array_equal(session.run(None, dict(feed))[0], session_of(result.model).run(None, dict(feed))[0])
+        np.testing.assert_array_equal(
+            session.run(None, dict(feed))[0], session_of(result.model).run(None, dict(feed))[0]
+        )
 
-    def test_a_file_that_answers_differently_is_not_left_behind(self, tmp_path: Path,
-                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_file_that_answers_differently_is_not_left_behind(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         from onnxslim_ptq import api
 
         result = quantized(mlp())
@@ -229,7 +258,11 @@ class TestSaving:
         proto.graph.node[0].doc_string = "first layer"
         proto.graph.input[0].doc_string = "the input"
         saved = onnx.load(quantized(proto).save(tmp_path / "m.onnx").model)
-        assert (saved.doc_string, saved.graph.doc_string, saved.producer_name) == ("what it is", "graph text", "maker")
+        assert (saved.doc_string, saved.graph.doc_string, saved.producer_name) == (
+            "what it is",
+            "graph text",
+            "maker",
+        )
         assert [(p.key, p.value) for p in saved.metadata_props] == [("labels", "größe\n0,1")]
         assert next(n for n in saved.graph.node if n.name == "mm1").doc_string == "first layer"
         assert saved.graph.input[0].doc_string == "the input"
@@ -259,7 +292,9 @@ class TestNotInt64Only:
         from tests.graph.models import parse
         from tests.models import weights_of
 
-        proto = parse("g (float[N,8] x) => (float[N,4] y, float[N,8] x) { y = MatMul (x, w) }", weights_of(1, w=(8, 4)))
+        proto = parse(
+            "g (float[N,8] x) => (float[N,4] y, float[N,8] x) { y = MatMul (x, w) }", weights_of(1, w=(8, 4))
+        )
         result = quantized(proto)
         assert [o.name for o in result.model.graph.output] == ["y", "x"]
 
@@ -267,7 +302,8 @@ class TestNotInt64Only:
         from tests.graph.models import parse
         from tests.models import weights_of
 
-        body = "g (float[N,8] x) => (float[N,4] y, seq(float[N,4]) s) { y = MatMul (x, w) s = SequenceConstruct (y, y) }"
+        body = """g (float[N,8] x) => (float[N,4] y, seq(float[N,4]) s)
+            { y = MatMul (x, w) s = SequenceConstruct (y, y) }"""
         result = quantized(parse(body, weights_of(1, w=(8, 4))))
         assert result.metrics["per_output"]["s"]["sqnr_db"] == result.metrics["per_output"]["y"]["sqnr_db"]
         result.save(tmp_path / "m.onnx")

@@ -16,12 +16,18 @@ from onnxslim_ptq.export.check import check_file
 _WEIGHT = numpy_helper.from_array(np.ones((4, 400), np.float32), "w")
 
 
-def _model(nodes: Sequence[onnx.NodeProto], *, hidden: int | None = None, domains: Sequence[str] = (),
-           ir: int = 8) -> onnx.ModelProto:
+def _model(
+    nodes: Sequence[onnx.NodeProto], *, hidden: int | None = None, domains: Sequence[str] = (), ir: int = 8
+) -> onnx.ModelProto:
     values = [] if hidden is None else [helper.make_tensor_value_info("h", TensorProto.FLOAT, [1, hidden])]
-    graph = helper.make_graph(nodes, "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 4])],
-                              [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 400])], [_WEIGHT],
-                              value_info=values)
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 400])],
+        [_WEIGHT],
+        value_info=values,
+    )
     opsets = [helper.make_opsetid("", 17), *(helper.make_opsetid(d, 1) for d in domains)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=ir)
 
@@ -41,13 +47,19 @@ def test_a_valid_file_has_no_notes_and_is_not_touched(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize(("model", "text"), [
-    (_model(_NODES, hidden=7), "Inferred shape and existing shape differ"),
-    (_model(_NODES[::-1]), "topologically sorted"),
-    (_model([helper.make_node("Foo", ["x"], ["y"])]), "No Op registered for Foo"),
-    (_model([helper.make_node("Foo", ["x"], ["y"], domain="com.microsoft")]), "No opset import for domain"),
-    (_model(_NODES, ir=3), "not in graph input"),
-])
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [
+        (_model(_NODES, hidden=7), "Inferred shape and existing shape differ"),
+        (_model(_NODES[::-1]), "topologically sorted"),
+        (_model([helper.make_node("Foo", ["x"], ["y"])]), "No Op registered for Foo"),
+        (
+            _model([helper.make_node("Foo", ["x"], ["y"], domain="com.microsoft")]),
+            "No opset import for domain",
+        ),
+        (_model(_NODES, ir=3), "not in graph input"),
+    ],
+)
 def test_a_defect_is_one_line(tmp_path: Path, model: onnx.ModelProto, text: str) -> None:
     path = _save(tmp_path, "m.onnx", model)
     good = _save(tmp_path, "good.onnx", _model(_NODES))
@@ -80,7 +92,8 @@ def test_another_defect_of_the_source_is_no_excuse(tmp_path: Path) -> None:
 def test_other_domains_are_noted(tmp_path: Path) -> None:
     node = helper.make_node("Foo", ["x", "w"], ["y"], domain="com.microsoft")
     assert check_file(_save(tmp_path, "m.onnx", _model([node], domains=["com.microsoft"]))) == [
-        "onnx.checker does not know the domain com.microsoft: 1 nodes were not checked by it"]
+        "onnx.checker does not know the domain com.microsoft: 1 nodes were not checked by it"
+    ]
 
 
 def test_external_data(tmp_path: Path) -> None:

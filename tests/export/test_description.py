@@ -48,13 +48,18 @@ BIAS = QuantSpec(INT32, PerChannel(0), True)
 def _model(channels: int = 40) -> Model:
     """Two Gemms that read the same x and weight w; the second has a bias b."""
     rng = np.random.default_rng(0)
-    nodes = [helper.make_node("Gemm", ["x", "w"], ["h"], "one"),
-             helper.make_node("Gemm", ["x", "w", "b"], ["y"], "two")]
+    nodes = [
+        helper.make_node("Gemm", ["x", "w"], ["h"], "one"),
+        helper.make_node("Gemm", ["x", "w", "b"], ["y"], "two"),
+    ]
     weights = {"w": rng.normal(size=(10, channels)), "b": rng.normal(size=channels)}
     graph = helper.make_graph(
-        nodes, "g", [helper.make_tensor_value_info("x", 1, [1, 10])],
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", 1, [1, 10])],
         [helper.make_tensor_value_info(n, 1, [1, channels]) for n in ("h", "y")],
-        [numpy_helper.from_array(a.astype(np.float32), n) for n, a in weights.items()])
+        [numpy_helper.from_array(a.astype(np.float32), n) for n, a in weights.items()],
+    )
     return open_model(helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)]))
 
 
@@ -78,10 +83,22 @@ def _plan(graph: Graph) -> QuantPlan:
 
 def _context(metrics: Mapping[str, Any] | None = None, **more: Any) -> Context:
     return Context(
-        source="m.onnx", source_sha256="0" * 64, quant_type="W8A8", target="cpu", tool={"onnxruntime": "1.0"},
-        recipe={"version": 1, "steps": [{"type": "quantize"}]}, calibration=Calibration(64, "cpu", "1" * 64),
-        metrics=metrics or {"sqnr_db": 34.1, "cosine": 0.9998, "per_output": {"y": {"sqnr_db": 34.1}},
-                            "measured_on": "held-out"}, **more)
+        source="m.onnx",
+        source_sha256="0" * 64,
+        quant_type="W8A8",
+        target="cpu",
+        tool={"onnxruntime": "1.0"},
+        recipe={"version": 1, "steps": [{"type": "quantize"}]},
+        calibration=Calibration(64, "cpu", "1" * 64),
+        metrics=metrics
+        or {
+            "sqnr_db": 34.1,
+            "cosine": 0.9998,
+            "per_output": {"y": {"sqnr_db": 34.1}},
+            "measured_on": "held-out",
+        },
+        **more,
+    )
 
 
 def _describe(channels: int = 40, **more: Any) -> tuple[Description, Model]:
@@ -115,13 +132,27 @@ def test_tables() -> None:
     array = numpy_helper.to_array(tensor) if array is None else array
     assert weight["sha256"] == hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
     assert (weight["nodes"], weight["dtype"], weight["shape"], weight["axis"], weight["rounder"]) == (
-        ["one", "two"], "int8", [10, 40], 1, "rtn")
+        ["one", "two"],
+        "int8",
+        [10, 40],
+        1,
+        "rtn",
+    )
     assert len(weight["scale"]) == len(weight["zero_point"]) == 40
     activation = document["activations"]["x"]
-    assert activation == {"nodes": ["one", "two"], "dtype": "uint8", "when": "static", "axis": None,
-                          "scale": [float(np.float32(4 / 255))], "zero_point": [64], "range": [-1.0, 3.0],
-                          "method": "mixed"}
-    assert document["biases"] == {"b": {"nodes": ["two"], "scale_from": ["x", "w"], "dtype": "int32", "clipped": 0}}
+    assert activation == {
+        "nodes": ["one", "two"],
+        "dtype": "uint8",
+        "when": "static",
+        "axis": None,
+        "scale": [float(np.float32(4 / 255))],
+        "zero_point": [64],
+        "range": [-1.0, 3.0],
+        "method": "mixed",
+    }
+    assert document["biases"] == {
+        "b": {"nodes": ["two"], "scale_from": ["x", "w"], "dtype": "int32", "clipped": 0}
+    }
     assert document["skipped"] == {"relu": "no weight"}
     assert document["calibration"] == {"samples": 64, "device": "cpu", "sha256": "1" * 64}
 
@@ -129,7 +160,9 @@ def test_tables() -> None:
 def test_scales_survive_exactly() -> None:
     made, written = _describe()
     stored = next(t for t in written.proto.graph.initializer if t.name == "w_scale")
-    np.testing.assert_array_equal(np.float32(_read(made)["weights"]["w"]["scale"]), numpy_helper.to_array(stored))
+    np.testing.assert_array_equal(
+        np.float32(_read(made)["weights"]["w"]["scale"]), numpy_helper.to_array(stored)
+    )
 
 
 def test_names_that_repeat_and_results() -> None:
@@ -144,10 +177,15 @@ def test_names_that_repeat_and_results() -> None:
     plan.weights[Use("two", 1)] = Slot(WEIGHT, "w@None")
     document = _read(describe(plan, graph, onnx.ModelProto(), _context()))
     assert {n: (a["nodes"], a["dtype"], a["method"]) for n, a in document["activations"].items()} == {
-        "x": (["one"], "uint8", "mixed"), "x#2": (["two"], "int8", None), "h": ([], "uint8", "mixed")}
+        "x": (["one"], "uint8", "mixed"),
+        "x#2": (["two"], "int8", None),
+        "h": ([], "uint8", "mixed"),
+    }
     assert document["activations"]["x#2"]["range"] == pytest.approx([-128 / 127, 1.0])
     assert {n: (w["nodes"], w["quantized_name"]) for n, w in document["weights"].items()} == {
-        "w": (["one"], None), "w#2": (["two"], "w_other")}
+        "w": (["one"], None),
+        "w#2": (["two"], "w_other"),
+    }
 
 
 @pytest.mark.parametrize(("channels", "inline"), [(4096, True), (4097, False)])
@@ -169,12 +207,21 @@ def test_long_arrays_are_references(tmp_path: Path, channels: int, inline: bool)
 
 
 def test_metrics_that_are_not_finite() -> None:
-    made, _ = _describe(metrics={"sqnr_db": float("inf"), "cosine": np.float32(1.0), "measured_on": "synthetic",
-                                 "per_output": {"y": {"sqnr_db": np.float64("nan")}, "h": {"sqnr_db": None}}})
+    made, _ = _describe(
+        metrics={
+            "sqnr_db": float("inf"),
+            "cosine": np.float32(1.0),
+            "measured_on": "synthetic",
+            "per_output": {"y": {"sqnr_db": np.float64("nan")}, "h": {"sqnr_db": None}},
+        }
+    )
     assert _read(made)["metrics"] == {
-        "sqnr_db": None, "cosine": 1.0, "measured_on": "synthetic",
+        "sqnr_db": None,
+        "cosine": 1.0,
+        "measured_on": "synthetic",
         "per_output": {"y": {"sqnr_db": None}, "h": {"sqnr_db": None}},
-        "not_finite": {"/sqnr_db": "inf", "/per_output/y/sqnr_db": "nan"}}
+        "not_finite": {"/sqnr_db": "inf", "/per_output/y/sqnr_db": "nan"},
+    }
 
 
 def test_a_scale_that_is_not_finite_is_an_error() -> None:
@@ -186,8 +233,10 @@ def test_a_scale_that_is_not_finite_is_an_error() -> None:
 
 
 def test_smoothing_and_io_changes() -> None:
-    made, _ = _describe(smoothing=[{"step": "iter_smooth", "group": ["norm", "q"], "scale": np.arange(1.0, 5000.0)}],
-                        io_changes=[{"name": "kv", "dtype": "int8", "scale": np.ones(2)}])
+    made, _ = _describe(
+        smoothing=[{"step": "iter_smooth", "group": ["norm", "q"], "scale": np.arange(1.0, 5000.0)}],
+        io_changes=[{"name": "kv", "dtype": "int8", "scale": np.ones(2)}],
+    )
     document = _read(made)
     assert document["smoothing"][0]["scale"] == {"ref": "smoothing/0/scale"}
     assert made.arrays["smoothing/0/scale"].dtype == np.float32
@@ -211,10 +260,18 @@ def test_names_in_any_language() -> None:
     assert "重".encode() in made.json_bytes()
 
 
-@pytest.mark.parametrize("change", [
-    {"surprise": 1}, {"version": 2}, {"weights": {"w": {}}}, {"seed": "0"}, {"source": {"file": "m", "sha256": "0"}},
-    {"activations": {"x": {"when": "sometimes"}}}, {"skipped": {"node": None}},
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"surprise": 1},
+        {"version": 2},
+        {"weights": {"w": {}}},
+        {"seed": "0"},
+        {"source": {"file": "m", "sha256": "0"}},
+        {"activations": {"x": {"when": "sometimes"}}},
+        {"skipped": {"node": None}},
+    ],
+)
 def test_the_schema_refuses(change: dict[str, Any]) -> None:
     document = {**_read(_describe()[0]), **change}
     with pytest.raises(jsonschema.ValidationError):

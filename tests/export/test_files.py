@@ -33,25 +33,35 @@ def _write(paths: OutputPaths, error: BaseException | None = None) -> None:
 
 
 def _tree(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): p.read_text() if p.is_file() else "folder" for p in sorted(folder.rglob("*"))}
+    return {
+        str(p.relative_to(folder)): p.read_text() if p.is_file() else "folder"
+        for p in sorted(folder.rglob("*"))
+    }
 
 
 def _save_model(path: Path, external: bool = False) -> None:
     weight = numpy_helper.from_array(np.eye(40, dtype=np.float32), "w")
-    graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "g",
-                              [helper.make_tensor_value_info("x", 1, [1, 40])],
-                              [helper.make_tensor_value_info("y", 1, [1, 40])], [weight])
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", 1, [1, 40])],
+        [helper.make_tensor_value_info("y", 1, [1, 40])],
+        [weight],
+    )
     proto = helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
     onnx.save(proto, path, save_as_external_data=external, location="weights.bin" if external else None)
 
 
-@pytest.mark.parametrize(("out", "model", "json"), [
-    ("out/q.onnx", "out/q.onnx", "out/q.json"),
-    ("q.v2.onnx", "q.v2.onnx", "q.v2.json"),
-    ("Q.ONNX", "Q.ONNX", "Q.json"),
-    ("out", "out/m.x_w8a8.onnx", "out/m.x_w8a8.json"),
-    ("out.d", "out.d/m.x_w8a8.onnx", "out.d/m.x_w8a8.json"),
-])
+@pytest.mark.parametrize(
+    ("out", "model", "json"),
+    [
+        ("out/q.onnx", "out/q.onnx", "out/q.json"),
+        ("q.v2.onnx", "q.v2.onnx", "q.v2.json"),
+        ("Q.ONNX", "Q.ONNX", "Q.json"),
+        ("out", "out/m.x_w8a8.onnx", "out/m.x_w8a8.json"),
+        ("out.d", "out.d/m.x_w8a8.onnx", "out.d/m.x_w8a8.json"),
+    ],
+)
 def test_output_paths(out: str, model: str, json: str) -> None:
     paths = output_paths(Path(out), "m.x", "W8A8")
     assert (paths.model, paths.json) == (Path(model), Path(json))
@@ -85,7 +95,9 @@ def test_out_is_replaced_only_at_commit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("existing", [False, True])
-def test_an_exception_leaves_everything_as_it_was(tmp_path: Path, error: type[BaseException], existing: bool) -> None:
+def test_an_exception_leaves_everything_as_it_was(
+    tmp_path: Path, error: type[BaseException], existing: bool
+) -> None:
     paths = output_paths(tmp_path / ("" if existing else "new/folder") / "q.onnx", "m", "w8a8")
     if existing:
         _fill(paths, "old")
@@ -104,8 +116,9 @@ def test_without_commit_nothing_remains(tmp_path: Path) -> None:
 @pytest.mark.parametrize("existing", [False, True])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 @pytest.mark.parametrize("fails_at", [0, 1, 2, 3])
-def test_a_failing_commit_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: bool,
-                                    error: BaseException, fails_at: int) -> None:
+def test_a_failing_commit_is_undone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: bool, error: BaseException, fails_at: int
+) -> None:
     paths = output_paths(tmp_path / "q.onnx", "m", "w8a8")
     if existing:
         _fill(paths, "old")
@@ -126,7 +139,9 @@ def test_a_failing_commit_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert moved == ["q.onnx.data", "q.params.safetensors", "q.onnx", "q.json"][:fails_at]
 
 
-def test_a_failing_commit_is_undone_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_commit_is_undone_without_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     paths = output_paths(tmp_path / "q.onnx", "m", "w8a8")
     _fill(paths, "old")
     before, really = _tree(tmp_path), os.replace
@@ -180,8 +195,13 @@ def _links(folder: Path) -> dict[str, Path]:
     (folder / "soft.onnx").symlink_to(folder / "in" / "m.onnx")
     (folder / "hard.onnx").hardlink_to(folder / "in" / "m.onnx")
     (folder / "linked").symlink_to(folder / "in")
-    return {"itself": folder / "in" / "m.onnx", "symlink": folder / "soft.onnx", "hard link": folder / "hard.onnx",
-            "linked folder": folder / "linked" / "m.onnx", "dots": folder / "in" / ".." / "in" / "m.onnx"}
+    return {
+        "itself": folder / "in" / "m.onnx",
+        "symlink": folder / "soft.onnx",
+        "hard link": folder / "hard.onnx",
+        "linked folder": folder / "linked" / "m.onnx",
+        "dots": folder / "in" / ".." / "in" / "m.onnx",
+    }
 
 
 @pytest.mark.parametrize("way", ["itself", "symlink", "hard link", "linked folder", "dots"])
@@ -206,7 +226,9 @@ def test_never_over_the_data_of_the_input(tmp_path: Path) -> None:
     onnx.save(proto, tmp_path / "m.onnx")
     assert source_files(tmp_path / "m.onnx") == [tmp_path / "m.onnx", tmp_path / "q.onnx.data"]
     with pytest.raises(GraphError, match=r"q.onnx.data' is the same file as the input"):
-        AtomicFiles(output_paths(tmp_path / "q.onnx", "m", "w8a8"), source_files(tmp_path / "m.onnx")).__enter__()
+        AtomicFiles(
+            output_paths(tmp_path / "q.onnx", "m", "w8a8"), source_files(tmp_path / "m.onnx")
+        ).__enter__()
 
 
 def test_a_link_at_out_is_replaced_not_followed(tmp_path: Path) -> None:
@@ -222,8 +244,12 @@ def test_a_link_at_out_is_replaced_not_followed(tmp_path: Path) -> None:
 def test_impossible_destinations(tmp_path: Path) -> None:
     (tmp_path / "folder.onnx").mkdir()
     (tmp_path / "file").write_text("a file")
-    for out, text in [("folder.onnx", "is a folder"), ("file", "cannot be written"),
-                      ("file/x/q.onnx", "cannot be written"), ("n" * 300 + ".onnx", "cannot be written")]:
+    for out, text in [
+        ("folder.onnx", "is a folder"),
+        ("file", "cannot be written"),
+        ("file/x/q.onnx", "cannot be written"),
+        ("n" * 300 + ".onnx", "cannot be written"),
+    ]:
         with pytest.raises(GraphError, match=text) as caught:
             AtomicFiles(output_paths(tmp_path / out, "m", "w8a8")).__enter__()
         assert "\n" not in str(caught.value)

@@ -20,15 +20,28 @@ from onnxslim_ptq.export.files import write_model
 def _proto(width: int = 600, **extra: onnx.TensorProto) -> onnx.ModelProto:
     """y = relu(x @ w) @ u + b: one weight above 1 MiB, one above 1 KiB, one small."""
     rng = np.random.default_rng(0)
-    weights = {"w": rng.normal(size=(width, width)), "u": rng.normal(size=(width, 3)), "b": rng.normal(size=3)}
-    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"], "first"), helper.make_node("Relu", ["h"], ["r"]),
-             helper.make_node("MatMul", ["r", "u"], ["m"]), helper.make_node("Add", ["m", "b"], ["y"])]
+    weights = {
+        "w": rng.normal(size=(width, width)),
+        "u": rng.normal(size=(width, 3)),
+        "b": rng.normal(size=3),
+    }
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"], "first"),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("MatMul", ["r", "u"], ["m"]),
+        helper.make_node("Add", ["m", "b"], ["y"]),
+    ]
     graph = helper.make_graph(
-        nodes, "g", [helper.make_tensor_value_info("x", 1, ["n", width])],
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", 1, ["n", width])],
         [helper.make_tensor_value_info("y", 1, ["n", 3])],
         [*(numpy_helper.from_array(a.astype(np.float32), n) for n, a in weights.items()), *extra.values()],
-        doc_string="graph text")
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8, producer_name="test")
+        doc_string="graph text",
+    )
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8, producer_name="test"
+    )
     helper.set_model_props(model, {"key": "größe"})
     model.graph.initializer[0].doc_string = "weight text"
     return model
@@ -106,8 +119,12 @@ def test_external_by_itself_when_too_large(tmp_path: Path, monkeypatch: pytest.M
 def test_unusual_types_and_layouts(tmp_path: Path) -> None:
     """bfloat16 and int4 lie packed in the skeleton; strings, empty and transposed arrays go through as well."""
     packed = helper.make_tensor("i4", TensorProto.INT4, [3001], [i % 15 - 7 for i in range(3001)])
-    half = numpy_helper.from_array(np.ones((40, 40), numpy_helper.to_array(
-        helper.make_tensor("t", TensorProto.BFLOAT16, [1], [1.0])).dtype), "bf")
+    half = numpy_helper.from_array(
+        np.ones(
+            (40, 40), numpy_helper.to_array(helper.make_tensor("t", TensorProto.BFLOAT16, [1], [1.0])).dtype
+        ),
+        "bf",
+    )
     text = helper.make_tensor("s", TensorProto.STRING, [2], ["a" * 600, "b" * 600])
     empty = numpy_helper.from_array(np.zeros((0, 4), np.float32), "e")
     double = helper.make_tensor("d", TensorProto.DOUBLE, [300], np.arange(300.0))
@@ -155,13 +172,23 @@ def test_weights_are_streamed(tmp_path: Path, external: bool) -> None:
 @pytest.mark.slow
 def test_above_two_gigabytes(tmp_path: Path) -> None:
     big = np.memmap(tmp_path / "zeros", np.float32, "w+", shape=(24_000, 24_000))  # sparse: 2.3 GB of nothing
-    proto = helper.make_model(helper.make_graph(
-        [helper.make_node("MatMul", ["x", "w"], ["y"])], "g", [helper.make_tensor_value_info("x", 1, [1, 24_000])],
-        [helper.make_tensor_value_info("y", 1, [1, 24_000])], [TensorProto(name="w", dims=big.shape, data_type=1)]),
-        ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
+    proto = helper.make_model(
+        helper.make_graph(
+            [helper.make_node("MatMul", ["x", "w"], ["y"])],
+            "g",
+            [helper.make_tensor_value_info("x", 1, [1, 24_000])],
+            [helper.make_tensor_value_info("y", 1, [1, 24_000])],
+            [TensorProto(name="w", dims=big.shape, data_type=1)],
+        ),
+        ir_version=8,
+        opset_imports=[helper.make_opsetid("", 17)],
+    )
     path = tmp_path / "m.onnx"
     tracemalloc.start()
-    assert write_model(Model(proto, {"w": big}, None, big.nbytes), path) == [path.with_name("m.onnx.data"), path]
+    assert write_model(Model(proto, {"w": big}, None, big.nbytes), path) == [
+        path.with_name("m.onnx.data"),
+        path,
+    ]
     assert tracemalloc.get_traced_memory()[1] < 1_000_000
     tracemalloc.stop()
     onnx.checker.check_model(path, full_check=True)

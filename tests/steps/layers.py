@@ -35,8 +35,9 @@ def choose(graph: Graph, choice: LayerChoice = PLAIN, **others: Mapping[str, Any
     return {lin.node: (lin, replace(choice, **others.get(lin.node, {}))) for lin in linears}
 
 
-def workspace_of(proto: onnx.ModelProto, feeds: Sequence[Feed] | None = None, target: str = "cpu",
-                 **options: Any) -> Workspace:
+def workspace_of(
+    proto: onnx.ModelProto, feeds: Sequence[Feed] | None = None, target: str = "cpu", **options: Any
+) -> Workspace:
     model = open_model(proto)
     data = from_iterable(list(feeds) if feeds is not None else feeds_for(proto), model.inputs())
     return Workspace(Graph(model), TARGETS[target], data, **options)
@@ -46,8 +47,9 @@ def place_all(workspace: Workspace, choice: LayerChoice = PLAIN) -> Placement:
     return place(workspace.graph, choose(workspace.graph, choice), workspace.target)
 
 
-def apply_step(workspace: Workspace, choice: LayerChoice = PLAIN,
-               placement: Placement | None = None) -> tuple[QuantPlan, dict[Probe, Stats]]:
+def apply_step(
+    workspace: Workspace, choice: LayerChoice = PLAIN, placement: Placement | None = None
+) -> tuple[QuantPlan, dict[Probe, Stats]]:
     """The quantize step on all layers; returns its plan and the statistics it was given."""
     if placement is None:
         placement = place_all(workspace, choice)

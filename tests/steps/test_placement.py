@@ -23,7 +23,7 @@ def placed(body: str, target: str = "cpu", **changes: object) -> tuple[Graph, Pl
     graph = graph_of(f"g (float[N,3,8,8] x) => (float[N,4,8,8] y) {{ {body} }}", CONV)
     row = TARGETS[target]
     choice = {"activation": row.activation, "symmetric": row.symmetric_activation, **changes}
-    placement = place(graph, choose(graph, PLAIN, **{n: choice for n in ("c1", "c2", "c3")}), row)
+    placement = place(graph, choose(graph, PLAIN, **dict.fromkeys(("c1", "c2", "c3"), choice)), row)
     return graph, placement, placement.plan(row)
 
 
@@ -39,18 +39,25 @@ class TestOutputs:
 
     @pytest.mark.parametrize("relu", ["Relu (h)", "Clip (h, zero, six)", "Clip (h, zero)"])
     def test_an_activation_function_with_floor_zero_is_taken_in(self, relu: str) -> None:
-        body = f"zero = Constant <value_float = 0.0> () six = Constant <value_float = 6.0> ()" \
-               f"[c1] h = Conv (x, w, b) y = {relu}"
+        body = (
+            f"zero = Constant <value_float = 0.0> () six = Constant <value_float = 6.0> ()"
+            f"[c1] h = Conv (x, w, b) y = {relu}"
+        )
         assert results(placed(body)[2]) == ["y"]
 
-    @pytest.mark.parametrize("other", ["Clip (h, one, six)", "Clip (h, , six)", "LeakyRelu (h)", "HardSwish (h)"])
+    @pytest.mark.parametrize(
+        "other", ["Clip (h, one, six)", "Clip (h, , six)", "LeakyRelu (h)", "HardSwish (h)"]
+    )
     def test_others_are_not(self, other: str) -> None:
-        body = f"one = Constant <value_float = -1.0> () six = Constant <value_float = 6.0> ()" \
-               f"[c1] h = Conv (x, w, b) y = {other}"
+        body = (
+            f"one = Constant <value_float = -1.0> () six = Constant <value_float = 6.0> ()"
+            f"[c1] h = Conv (x, w, b) y = {other}"
+        )
         assert results(placed(body)[2]) == ["h"]
 
     def test_clip_before_opset_11(self) -> None:
-        body = "g (float[N,3,8,8] x) => (float[N,8,8,8] y) {{ [c1] h = Conv (x, w, b) y = Clip <min = {}, max = 6.0> (h) }}"
+        body = """g (float[N,3,8,8] x) => (float[N,8,8,8] y)
+            {{ [c1] h = Conv (x, w, b) y = Clip <min = {}, max = 6.0> (h) }}"""
         for low, at in ((0.0, "y"), (-1.0, "h")):
             graph = graph_of(body.format(low), CONV, 9)
             assert results(place(graph, choose(graph), TARGETS["cpu"]).plan(TARGETS["cpu"])) == [at]
@@ -99,9 +106,16 @@ class TestSharing:
 
     def test_and_the_model_that_follows_uses_integer_kernels(self) -> None:
         proto = parse(f"g (float[N,3,8,8] x) => (float[N,4,8,8] y) {{ {self.BODY} }}", CONV)
-        recipe = {"steps": [{"type": "quantize", "act": {"range": {"type": "minmax"}}},
-                            {"type": "quantize", "include": ["c3"],
-                             "act": {"range": {"type": "percentile", "percentile": 99.0}}}]}
+        recipe = {
+            "steps": [
+                {"type": "quantize", "act": {"range": {"type": "minmax"}}},
+                {
+                    "type": "quantize",
+                    "include": ["c3"],
+                    "act": {"range": {"type": "percentile", "percentile": 99.0}},
+                },
+            ]
+        }
         result = quantized(proto, recipe=recipe)
         assert result.skipped == {}
         for use, slot in result.plan.biases.items():
@@ -142,7 +156,12 @@ class TestTargets:
     def test_ascend(self) -> None:
         """Per-channel weights for Conv only."""
         body = "[c1] h = Conv (x, w, b) r = Reshape (h, s) m = MatMul (r, k) y = Reshape (m, t)"
-        weights = {**CONV, "s": np.asarray([-1, 8]), "k": CONV["u"].reshape(8, 4), "t": np.asarray([-1, 4, 8, 8])}
+        weights = {
+            **CONV,
+            "s": np.asarray([-1, 8]),
+            "k": CONV["u"].reshape(8, 4),
+            "t": np.asarray([-1, 4, 8, 8]),
+        }
         graph = graph_of(f"g (float[N,3,8,8] x) => (float[N,4,8,8] y) {{ {body} }}", weights)
         plan = place(graph, choose(graph), TARGETS["ascend"]).plan(TARGETS["ascend"])
         grains = {use.node: slot.spec.grain for use, slot in plan.weights.items()}
@@ -153,11 +172,14 @@ class TestTargets:
         assert plan.weights[Use("c1", 1)].spec.grain == PerTensor()
 
     def test_layers_that_stay_float(self) -> None:
-        graph = graph_of("g (float[N,3,8,8] x) => (float[N,4,8,8] y) { [c1] h = Conv (x, w, b) [c2] y = Conv (h, u) }", CONV)
+        graph = graph_of(
+            "g (float[N,3,8,8] x) => (float[N,4,8,8] y) { [c1] h = Conv (x, w, b) [c2] y = Conv (h, u) }",
+            CONV,
+        )
         placement = place(graph, choose(graph), TARGETS["cpu"], floats={"c1": "because"})
         assert placement.skipped == {"c1": "because"}
         assert list(placement.layers) == ["c2"]
-        assert not any("x" == p.tensor for p in placement.tensors.values())
+        assert not any(p.tensor == "x" for p in placement.tensors.values())
 
 
 def test_a_graph_output_is_quantized_too() -> None:

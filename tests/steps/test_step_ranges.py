@@ -42,38 +42,59 @@ def hardswish(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 CHAINS = {
     "HardSwish": ("y = HardSwish (h)", [hardswish]),
-    "hard swish spelled out": ("a = Add (h, three) c = Clip (a, zero, six) m = Mul (h, c) y = Div (m, six)", [hardswish]),
+    "hard swish spelled out": (
+        "a = Add (h, three) c = Clip (a, zero, six) m = Mul (h, c) y = Div (m, six)",
+        [hardswish],
+    ),
     "swish": ("s = Sigmoid (h) y = Mul (s, h)", [lambda x: x * sigmoid(x)]),
     "nothing": ("y = Conv (h, id)", [lambda x: x]),
-    "two readers": ("r = Relu (h) t = Tanh (h) p = Conv (r, id) q = Conv (t, id) y = Add (p, q)",
-                    [lambda x: np.maximum(x, 0), np.tanh]),
-    "itself and a function": ("r = Sigmoid (h) p = Conv (r, id) q = Conv (h, id) y = Add (p, q)", [lambda x: x, sigmoid]),
+    "two readers": (
+        "r = Relu (h) t = Tanh (h) p = Conv (r, id) q = Conv (t, id) y = Add (p, q)",
+        [lambda x: np.maximum(x, 0), np.tanh],
+    ),
+    "itself and a function": (
+        "r = Sigmoid (h) p = Conv (r, id) q = Conv (h, id) y = Add (p, q)",
+        [lambda x: x, sigmoid],
+    ),
     "a constant per channel ends it": ("y = Mul (h, per_channel)", [lambda x: x]),
 }
-CONSTANTS = {"three": np.asarray(3, np.float32), "zero": np.asarray(0, np.float32), "six": np.asarray([6], np.float32),
-             "id": np.eye(8, dtype=np.float32)[:, :, None, None], "per_channel": np.ones((8, 1, 1), np.float32)}
+CONSTANTS = {
+    "three": np.asarray(3, np.float32),
+    "zero": np.asarray(0, np.float32),
+    "six": np.asarray([6], np.float32),
+    "id": np.eye(8, dtype=np.float32)[:, :, None, None],
+    "per_channel": np.ones((8, 1, 1), np.float32),
+}
 
 
 class TestFollow:
     @pytest.mark.parametrize("name", list(CHAINS))
     def test_functions(self, name: str) -> None:
         body, functions = CHAINS[name]
-        graph = graph_of(f"g (float[N,3,8,8] x) => (float[N,8,8,8] y) {{ h = Conv (x, w, b) {body} }}", CONV | CONSTANTS)
+        graph = graph_of(
+            f"g (float[N,3,8,8] x) => (float[N,8,8,8] y) {{ h = Conv (x, w, b) {body} }}", CONV | CONSTANTS
+        )
         tables = follow(graph, {"h": POINTS})["h"]
         assert len(tables) == len(functions)
         for table, function in zip(tables, functions, strict=True):
             np.testing.assert_allclose(table, function(POINTS), atol=2e-6)
 
     def test_many_at_once(self) -> None:
-        graph = graph_of("g (float[N,3,8,8] x) => (float[N,4,8,8] y) "
-                         "{ h = Conv (x, w, b) r = HardSwish (h) k = Conv (r, u) y = Tanh (k) }", CONV)
+        graph = graph_of(
+            "g (float[N,3,8,8] x) => (float[N,4,8,8] y) "
+            "{ h = Conv (x, w, b) r = HardSwish (h) k = Conv (r, u) y = Tanh (k) }",
+            CONV,
+        )
         tables = follow(graph, {"h": POINTS, "k": POINTS, "x": POINTS})
         np.testing.assert_allclose(tables["h"][0], hardswish(POINTS), atol=2e-6)
         np.testing.assert_allclose(tables["k"][0], np.tanh(POINTS), atol=2e-6)
         np.testing.assert_array_equal(tables["x"][0], POINTS)
 
     def test_a_graph_output_is_read(self) -> None:
-        graph = graph_of("g (float[N,3,8,8] x) => (float[N,8,8,8] h, float[N,8,8,8] y) { h = Conv (x, w, b) y = Relu (h) }", CONV)
+        graph = graph_of(
+            "g (float[N,3,8,8] x) => (float[N,8,8,8] h, float[N,8,8,8] y) { h = Conv (x, w, b) y = Relu (h) }",
+            CONV,
+        )
         assert len(follow(graph, {"h": POINTS})["h"]) == 2
 
 
@@ -84,7 +105,10 @@ def histogram_of(values: NDArray[np.float32]) -> HistogramStats:
 
 
 def after(function: str, values: NDArray[np.float32], weight: float = 1.0, spec: QuantSpec = SPEC) -> Range:
-    graph = graph_of(f"g (float[N,3,8,8] x) => (float[N,8,8,8] y) {{ h = Conv (x, w, b) y = {function} }}", CONV | CONSTANTS)
+    graph = graph_of(
+        f"g (float[N,3,8,8] x) => (float[N,8,8,8] y) {{ h = Conv (x, w, b) y = {function} }}",
+        CONV | CONSTANTS,
+    )
     placed = PlacedTensor("h@", "h", spec, PLAIN, at_result=True)
     return after_ranges(graph, {"it": placed}, {"it": histogram_of(values)}, weight)["it"]
 
@@ -129,7 +153,9 @@ class TestAfterRanges:
         rng = after("HardSwish (h)", self.VALUES, spec=QuantSpec(INT8, PerTensor(), True))
         assert float(rng.lo) == -float(rng.hi)
 
-    @pytest.mark.parametrize("values", [np.zeros(100), np.full(100, 2.5), np.full(100, -2.5), np.linspace(1, 2, 50)])
+    @pytest.mark.parametrize(
+        "values", [np.zeros(100), np.full(100, 2.5), np.full(100, -2.5), np.linspace(1, 2, 50)]
+    )
     def test_degenerate_values(self, values: NDArray[np.float64]) -> None:
         rng = after("HardSwish (h)", values.astype(np.float32))
         assert float(rng.lo) <= 0 <= float(rng.hi)
@@ -139,12 +165,23 @@ class TestAfterRanges:
 OUTPUT = replace(PLAIN, range=OUTPUT_MSE, range_name=OUTPUT_MSE)
 READERS = {
     "matmul": ("g (float[N,16] x) => (float[N,8] y) { [l] y = MatMul (x, w) }", {"w": (16, 8)}),
-    "matmul batch": ("g (float[N,2,3,16] x) => (float[N,2,3,8] y) { [l] y = MatMul (x, w) }", {"w": (2, 16, 8)}),
+    "matmul batch": (
+        "g (float[N,2,3,16] x) => (float[N,2,3,8] y) { [l] y = MatMul (x, w) }",
+        {"w": (2, 16, 8)},
+    ),
     "gemm": ("g (float[N,16] x) => (float[N,8] y) { [l] y = Gemm <transB = 1> (x, w) }", {"w": (8, 16)}),
-    "conv": ("g (float[N,4,6,6] x) => (float[N,8,6,6] y) { [l] y = Conv <pads = [1, 1, 1, 1]> (x, w) }", {"w": (8, 4, 3, 3)}),
-    "depthwise": ("g (float[N,4,6,6] x) => (float[N,4,4,4] y) { [l] y = Conv <group = 4> (x, w) }", {"w": (4, 1, 3, 3)}),
-    "strided conv1d": ("g (float[N,4,12] x) => (float[N,8,5] y) { [l] y = Conv <strides = [2], dilations = [2]> (x, w) }",
-                       {"w": (8, 4, 2)}),
+    "conv": (
+        "g (float[N,4,6,6] x) => (float[N,8,6,6] y) { [l] y = Conv <pads = [1, 1, 1, 1]> (x, w) }",
+        {"w": (8, 4, 3, 3)},
+    ),
+    "depthwise": (
+        "g (float[N,4,6,6] x) => (float[N,4,4,4] y) { [l] y = Conv <group = 4> (x, w) }",
+        {"w": (4, 1, 3, 3)},
+    ),
+    "strided conv1d": (
+        "g (float[N,4,12] x) => (float[N,8,5] y) { [l] y = Conv <strides = [2], dilations = [2]> (x, w) }",
+        {"w": (8, 4, 2)},
+    ),
 }
 
 
@@ -173,7 +210,9 @@ class TestOutputRange:
             change = fake_quantize(rows, params_from_range(range_, placed.spec)) - rows
             w = weights["w"]
             if name == "depthwise":
-                out = np.einsum("rck,ock->rc", change.reshape(len(rows), 4, 9), w.reshape(4, 1, 9).transpose(1, 0, 2))
+                out = np.einsum(
+                    "rck,ock->rc", change.reshape(len(rows), 4, 9), w.reshape(4, 1, 9).transpose(1, 0, 2)
+                )
             elif name.endswith(("conv", "conv1d")):
                 out = change @ w.reshape(len(w), -1).T
             else:
@@ -187,17 +226,21 @@ class TestOutputRange:
         weights = weights_of(3, w=(16, 8))
         weights["w"][0] = 0
         proto = parse(READERS["matmul"][0], weights)
-        feeds = [{"x": np.concatenate([f["x"][:, :1] * 100, f["x"][:, 1:]], axis=1)} for f in feeds_for(proto)]
+        feeds = [
+            {"x": np.concatenate([f["x"][:, :1] * 100, f["x"][:, 1:]], axis=1)} for f in feeds_for(proto)
+        ]
         plan, _ = apply_step(workspace_of(proto, feeds, "generic"), OUTPUT)
-        (rng, method), = plan.ranges.values()
+        ((rng, method),) = plan.ranges.values()
         assert method == OUTPUT_MSE
         assert float(rng.hi) < 0.2 * max(float(f["x"].max()) for f in feeds)
 
     def test_outliers_that_carry_the_signal_are_kept(self) -> None:
         proto = parse(READERS["matmul"][0], weights_of(3, w=(16, 8)))
-        feeds = [{"x": np.concatenate([f["x"][:, :1] * 100, f["x"][:, 1:]], axis=1)} for f in feeds_for(proto)]
+        feeds = [
+            {"x": np.concatenate([f["x"][:, :1] * 100, f["x"][:, 1:]], axis=1)} for f in feeds_for(proto)
+        ]
         plan, _ = apply_step(workspace_of(proto, feeds, "generic"), OUTPUT)
-        (rng, _), = plan.ranges.values()
+        ((rng, _),) = plan.ranges.values()
         assert float(rng.hi) > 0.8 * max(float(f["x"].max()) for f in feeds)
 
     def test_rows_with_nan_do_not_take_part(self) -> None:
@@ -213,7 +256,7 @@ class TestOutputRange:
     def test_nothing_finite_names_the_tensor(self, choice: object) -> None:
         proto = parse(READERS["matmul"][0], weights_of(3, w=(16, 8)))
         workspace = workspace_of(proto, [{"x": np.full((2, 16), np.nan, np.float32)}], "generic")
-        with pytest.raises(CalibrationError, match="tensor 'x'.*no .*finite value"):
+        with pytest.raises(CalibrationError, match=r"tensor 'x'.*no .*finite value"):
             apply_step(workspace, replace(choice, bias_correction=True))  # type: ignore[type-var]
 
 
@@ -236,8 +279,8 @@ class TestJudge:
     def test_scores_are_decibels_of_the_rendered_model(self) -> None:
         """What the judge expects is what the quantized model then does."""
         from onnxslim_ptq.export.qdq import render_qdq
-        from tests.models import outputs_of, sqnr_of
         from tests.graph.models import embedded
+        from tests.models import outputs_of, sqnr_of
 
         proto = cnn()
         workspace = workspace_of(proto)
@@ -271,15 +314,19 @@ class TestJudge:
         assert scores["auto"] >= scores["minmax"]
 
     def test_sequence_outputs_are_passed_over(self) -> None:
-        proto = parse("g (float[N,16] x) => (float[N,8] y, seq(float[N,8]) s) { y = MatMul (x, w) s = SequenceConstruct (y) }",
-                      weights_of(3, w=(16, 8)))
+        proto = parse(
+            "g (float[N,16] x) => (float[N,8] y, seq(float[N,8]) s) { y = MatMul (x, w) s = SequenceConstruct (y) }",
+            weights_of(3, w=(16, 8)),
+        )
         workspace = workspace_of(proto)
         plan, _ = apply_step(workspace, replace(PLAIN, range=AUTO, range_name=AUTO))
         assert 20 < workspace.judge(plan, 4, workspace.model()).score(plan.params) < 80
 
     def test_float16(self) -> None:
         half = {k: onnx.numpy_helper.from_array(v.astype(np.float16), k) for k, v in CONV.items()}
-        proto = parse("g (float16[N,3,8,8] x) => (float16[N,4,8,8] y) { h = Conv (x, w, b) r = Relu (h) y = Conv (r, u) }")
+        proto = parse(
+            "g (float16[N,3,8,8] x) => (float16[N,4,8,8] y) { h = Conv (x, w, b) r = Relu (h) y = Conv (r, u) }"
+        )
         proto.graph.initializer.extend(half.values())
         workspace = workspace_of(proto)
         plan, _ = apply_step(workspace, replace(PLAIN, range=AUTO, range_name=AUTO))

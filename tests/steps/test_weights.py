@@ -20,19 +20,39 @@ from tests.steps.layers import PLAIN, apply_step, place_all, workspace_of
 
 CORRECTED = replace(PLAIN, bias_correction=True)
 LAYERS = {
-    "conv": ("g (float[N,6,5,5] x) => (float[N,8,5,5] y) { [l] y = Conv (x, w, b) }", {"w": (8, 6, 1, 1), "b": (8,)}),
-    "conv without bias": ("g (float[N,6,5,5] x) => (float[N,8,5,5] y) { [l] y = Conv (x, w) }", {"w": (8, 6, 1, 1)}),
-    "grouped": ("g (float[N,6,5,5] x) => (float[N,8,5,5] y) { [l] y = Conv <group = 2> (x, w, b) }",
-                {"w": (8, 3, 1, 1), "b": (8,)}),
-    "depthwise": ("g (float[N,6,5,5] x) => (float[N,12,3,3] y) { [l] y = Conv <group = 6> (x, w, b) }",
-                  {"w": (12, 1, 3, 3), "b": (12,)}),
-    "strided": ("g (float[N,6,5,5] x) => (float[N,8,2,2] y) { [l] y = Conv <strides = [2, 2]> (x, w, b) }",
-                {"w": (8, 6, 3, 3), "b": (8,)}),
+    "conv": (
+        "g (float[N,6,5,5] x) => (float[N,8,5,5] y) { [l] y = Conv (x, w, b) }",
+        {"w": (8, 6, 1, 1), "b": (8,)},
+    ),
+    "conv without bias": (
+        "g (float[N,6,5,5] x) => (float[N,8,5,5] y) { [l] y = Conv (x, w) }",
+        {"w": (8, 6, 1, 1)},
+    ),
+    "grouped": (
+        "g (float[N,6,5,5] x) => (float[N,8,5,5] y) { [l] y = Conv <group = 2> (x, w, b) }",
+        {"w": (8, 3, 1, 1), "b": (8,)},
+    ),
+    "depthwise": (
+        "g (float[N,6,5,5] x) => (float[N,12,3,3] y) { [l] y = Conv <group = 6> (x, w, b) }",
+        {"w": (12, 1, 3, 3), "b": (12,)},
+    ),
+    "strided": (
+        "g (float[N,6,5,5] x) => (float[N,8,2,2] y) { [l] y = Conv <strides = [2, 2]> (x, w, b) }",
+        {"w": (8, 6, 3, 3), "b": (8,)},
+    ),
     "gemm": ("g (float[N,6] x) => (float[N,8] y) { [l] y = Gemm (x, w, b) }", {"w": (6, 8), "b": (8,)}),
-    "gemm transB": ("g (float[N,6] x) => (float[N,8] y) { [l] y = Gemm <transB = 1> (x, w, b) }", {"w": (8, 6), "b": (8,)}),
-    "matmul add": ("g (float[N,4,6] x) => (float[N,4,8] y) { [l] m = MatMul (x, w) y = Add (m, b) }",
-                   {"w": (6, 8), "b": (8,)}),
-    "add matmul": ("g (float[N,6] x) => (float[N,8] y) { [l] m = MatMul (x, w) y = Add (b, m) }", {"w": (6, 8), "b": (8,)}),
+    "gemm transB": (
+        "g (float[N,6] x) => (float[N,8] y) { [l] y = Gemm <transB = 1> (x, w, b) }",
+        {"w": (8, 6), "b": (8,)},
+    ),
+    "matmul add": (
+        "g (float[N,4,6] x) => (float[N,4,8] y) { [l] m = MatMul (x, w) y = Add (m, b) }",
+        {"w": (6, 8), "b": (8,)},
+    ),
+    "add matmul": (
+        "g (float[N,6] x) => (float[N,8] y) { [l] m = MatMul (x, w) y = Add (b, m) }",
+        {"w": (6, 8), "b": (8,)},
+    ),
 }
 
 
@@ -50,15 +70,14 @@ def shifted(proto: onnx.ModelProto) -> list[Feed]:
     feeds: list[Feed] = []
     for feed in feeds_for(proto, 16):
         x = feed["x"]
-        if x.ndim == 4:
-            x = np.broadcast_to(x[:, :, :1, :1] + offset[:, None, None], x.shape)
-        else:
-            x = x + offset
+        x = np.broadcast_to(x[:, :, :1, :1] + offset[:, None, None], x.shape) if x.ndim == 4 else x + offset
         feeds.append({"x": np.ascontiguousarray(x, np.float32)})
     return feeds
 
 
-def mean_error(workspace: Workspace, plan: QuantPlan, exact: onnx.ModelProto, feeds: list[Feed]) -> np.ndarray:
+def mean_error(
+    workspace: Workspace, plan: QuantPlan, exact: onnx.ModelProto, feeds: list[Feed]
+) -> np.ndarray:
     """Per channel, the mean difference that rounded weights alone make (activations stay float)."""
     graph = workspace.graph
     for use, slot in plan.weights.items():
@@ -90,16 +109,23 @@ class TestBiasCorrection:
         assert [n.op for n in workspace.graph.nodes] == ["MatMul"]
 
     def test_an_add_of_another_shape_stays_as_it_is(self) -> None:
-        proto = parse("g (float[N,4,6] x) => (float[N,4,8] y) { [l] m = MatMul (x, w) y = Add (m, b) }",
-                      weights_of(5, w=(6, 8)) | {"b": np.ones((4, 8), np.float32)})
+        proto = parse(
+            "g (float[N,4,6] x) => (float[N,4,8] y) { [l] m = MatMul (x, w) y = Add (m, b) }",
+            weights_of(5, w=(6, 8)) | {"b": np.ones((4, 8), np.float32)},
+        )
         workspace = workspace_of(proto, shifted(proto))
         apply_step(workspace, CORRECTED)
-        np.testing.assert_array_equal(workspace.graph.value(workspace.graph.nodes[1].inputs[1]), np.ones((4, 8)))
+        np.testing.assert_array_equal(
+            workspace.graph.value(workspace.graph.nodes[1].inputs[1]), np.ones((4, 8))
+        )
 
     def test_a_shared_bias_is_not_shared_afterwards(self) -> None:
         weights = weights_of(5, w=(8, 6, 1, 1), v=(8, 6, 1, 1), b=(8,))
-        proto = parse("g (float[N,6,5,5] x) => (float[N,8,5,5] y, float[N,8,5,5] z) "
-                      "{ [l] y = Conv (x, w, b) [k] z = Conv (x, v, b) }", weights)
+        proto = parse(
+            "g (float[N,6,5,5] x) => (float[N,8,5,5] y, float[N,8,5,5] z) "
+            "{ [l] y = Conv (x, w, b) [k] z = Conv (x, v, b) }",
+            weights,
+        )
         workspace = workspace_of(proto, shifted(proto))
         apply_step(workspace, CORRECTED)
         first, second = (workspace.graph.value(workspace.graph.node(n).inputs[2]) for n in "lk")
@@ -111,17 +137,24 @@ class TestBiasCorrection:
     def test_one_value_read_as_image_and_as_rows(self) -> None:
         """A Conv's channels lie on axis 1, a MatMul's on the last: each needs its own means."""
         weights = weights_of(5, w=(8, 6, 1), k=(6, 4), b=(8,), c=(4,))
-        proto = parse("g (float[N,6,6] x) => (float[N,8,6] y, float[N,6,4] z) "
-                      "{ [l] y = Conv (x, w, b) [k] m = MatMul (x, k) z = Add (m, c) }", weights)
+        proto = parse(
+            "g (float[N,6,6] x) => (float[N,8,6] y, float[N,6,4] z) "
+            "{ [l] y = Conv (x, w, b) [k] m = MatMul (x, k) z = Add (m, c) }",
+            weights,
+        )
         rng, slope = np.random.default_rng(0), np.arange(6, dtype=np.float32)
-        feeds: list[Feed] = [{"x": np.asarray(rng.standard_normal((2, 6, 6)) + slope[:, None] * 2 - slope, np.float32)}
-                             for _ in range(16)]
+        feeds: list[Feed] = [
+            {"x": np.asarray(rng.standard_normal((2, 6, 6)) + slope[:, None] * 2 - slope, np.float32)}
+            for _ in range(16)
+        ]
         workspace = workspace_of(proto, feeds)
         plan, _ = apply_step(workspace, CORRECTED)
         mean = np.concatenate([f["x"] for f in feeds]).mean(axis=0, dtype=np.float64)
         for node, weight, axis in (("l", weights["w"][:, :, 0], 1), ("k", weights["k"].T, -1)):
             codes = plan.weight_codes[plan.weights[Use(node, 1)].params]
-            rounded = dequantize(codes.codes, codes.params).reshape(weights["w"].shape if node == "l" else (6, 4))
+            rounded = dequantize(codes.codes, codes.params).reshape(
+                weights["w"].shape if node == "l" else (6, 4)
+            )
             error = weight - (rounded[:, :, 0] if node == "l" else rounded.T)
             want = error @ mean.mean(axis=1 if axis == 1 else 0)
             bias = workspace.graph.node("l").inputs[2] if node == "l" else workspace.graph.nodes[2].inputs[1]
@@ -130,8 +163,11 @@ class TestBiasCorrection:
 
     def test_sizes_that_differ_too(self) -> None:
         weights = weights_of(5, w=(8, 6, 1), k=(5, 4), c=(4,))
-        proto = parse("g (float[N,6,5] x) => (float[N,8,5] y, float[N,6,4] z) "
-                      "{ y = Conv (x, w) m = MatMul (x, k) z = Add (m, c) }", weights)
+        proto = parse(
+            "g (float[N,6,5] x) => (float[N,8,5] y, float[N,6,4] z) "
+            "{ y = Conv (x, w) m = MatMul (x, k) z = Add (m, c) }",
+            weights,
+        )
         assert len(quantized(proto).plan.weights) == 2
 
     def test_nothing_is_done_without_means(self) -> None:
@@ -161,15 +197,23 @@ class TestWeightCodes:
         (codes,) = plan.weight_codes.values()
         weight = onnx.numpy_helper.to_array(proto.graph.initializer[0])
         assert np.abs(codes.codes.astype(int)).max(axis=(1, 2, 3)).tolist() == [largest] * 8
-        np.testing.assert_array_equal(codes.params.scale.astype(np.float32),
-                                      (np.abs(weight).max(axis=(1, 2, 3)).astype(np.float64) / largest).astype(np.float32))
+        np.testing.assert_array_equal(
+            codes.params.scale.astype(np.float32),
+            (np.abs(weight).max(axis=(1, 2, 3)).astype(np.float64) / largest).astype(np.float32),
+        )
 
     def test_shared_weights_have_one_set_of_codes(self) -> None:
         weights = weights_of(5, w=(8, 8, 1, 1))
-        proto = parse("g (float[N,8,5,5] x) => (float[N,8,5,5] y) { [a] h = Conv (x, w) [b] y = Conv (h, w) }", weights)
+        proto = parse(
+            "g (float[N,8,5,5] x) => (float[N,8,5,5] y) { [a] h = Conv (x, w) [b] y = Conv (h, w) }", weights
+        )
         result = quantized(proto)
         assert len(result.plan.weight_codes) == 1
-        stored = [t for t in result.model.graph.initializer if t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 4]
+        stored = [
+            t
+            for t in result.model.graph.initializer
+            if t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 4
+        ]
         assert len(stored) == 1
 
 
@@ -178,7 +222,9 @@ class TestRoom:
 
     BODY = "g (float[N,6,5,5] x) => (float[N,8,5,5] y) { [l] y = Conv (x, w, b) }"
 
-    def _plan(self, bias: np.ndarray, weight: np.ndarray | None = None) -> tuple[QuantPlan, dict[str, np.ndarray]]:
+    def _plan(
+        self, bias: np.ndarray, weight: np.ndarray | None = None
+    ) -> tuple[QuantPlan, dict[str, np.ndarray]]:
         weights = weights_of(5, w=(8, 6, 1, 1)) | {"b": bias.astype(np.float32)}
         if weight is not None:
             weights["w"] = weight.astype(np.float32)
@@ -230,20 +276,28 @@ class TestRoom:
     def test_layers_that_share_a_weight_share_its_room(self) -> None:
         """The second layer's bias must not change the scale that the first layer's bias was made with."""
         weights = weights_of(5, w=(8, 6, 1, 1), b=(8,)) | {"big": np.full(8, 1e6, np.float32)}
-        body = "g (float[N,6,5,5] x) => (float[N,8,5,5] y, float[N,8,5,5] z) {{ [l] y = Conv (x, w, {}) [k] z = Conv (x, w, {}) }}"
+        body = """g (float[N,6,5,5] x) => (float[N,8,5,5] y, float[N,8,5,5] z)
+            {{ [l] y = Conv (x, w, {}) [k] z = Conv (x, w, {}) }}"""
         for names in (("b", "big"), ("big", "b")):
             plan, _ = apply_step(workspace_of(parse(body.format(*names), weights)))
             (codes,) = plan.weight_codes.values()
-            (s_x,) = {float(plan.params[s.params].scale) for u, s in plan.activations.items() if isinstance(u, Use)}
+            (s_x,) = {
+                float(plan.params[s.params].scale) for u, s in plan.activations.items() if isinstance(u, Use)
+            }
             for stored in plan.bias_codes.values():
                 np.testing.assert_allclose(stored.scale, codes.params.scale * s_x, rtol=1e-6)
                 assert stored.clipped == 0
-            np.testing.assert_allclose(codes.codes * codes.params.scale[:, None, None, None], weights["w"],
-                                       atol=codes.params.scale.max() / 2)
+            np.testing.assert_allclose(
+                codes.codes * codes.params.scale[:, None, None, None],
+                weights["w"],
+                atol=codes.params.scale.max() / 2,
+            )
 
     def test_end_to_end(self) -> None:
         """A model whose biases overflow int32 keeps its answers and its integer kernels."""
-        weights = weights_of(5, w=(8, 6, 1, 1), v=(4, 8, 1, 1)) | {"b": np.linspace(-1e6, 1e6, 8, dtype=np.float32)}
+        weights = weights_of(5, w=(8, 6, 1, 1), v=(4, 8, 1, 1)) | {
+            "b": np.linspace(-1e6, 1e6, 8, dtype=np.float32)
+        }
         body = "g (float[N,6,5,5] x) => (float[N,4,5,5] y) { [l] h = Conv (x, w, b) [k] y = Conv (h, v) }"
         result = quantized(parse(body, weights))
         assert result.skipped == {}

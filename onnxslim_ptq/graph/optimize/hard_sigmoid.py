@@ -16,7 +16,11 @@ __all__ = ["form_hard_sigmoid"]
 
 def form_hard_sigmoid(graph: Graph) -> int:
     """Rewrite every such chain whose inner values nobody else reads; returns how many."""
-    return sum(_rewrite(graph, node) for node in graph.nodes if node.op == "Clip" and node.domain in (None, "", "ai.onnx"))
+    return sum(
+        _rewrite(graph, node)
+        for node in graph.nodes
+        if node.op == "Clip" and node.domain in (None, "", "ai.onnx")
+    )
 
 
 def _rewrite(graph: Graph, clip: gs.Node) -> int:
@@ -24,7 +28,7 @@ def _rewrite(graph: Graph, clip: gs.Node) -> int:
     shift = graph.producer(clip.inputs[0])
     if limits is None or limits[0] != 0.0 or limits[1] <= 0.0 or shift is None or shift.op != "Add":
         return 0
-    if graph.sole_consumer(clip.inputs[0]) is not clip:
+    if not graph.reads_alone(clip, clip.inputs[0]):
         return 0
     constant = [_scalar(graph, t) for t in shift.inputs]
     if (constant[0] is None) == (constant[1] is None):
@@ -66,8 +70,9 @@ def _division(graph: Graph, clip: gs.Node, by: float) -> tuple[gs.Node | None, g
         return None, reader
     if reader.op != "Mul" or sum(t is clip.outputs[0] for t in reader.inputs) != 1:
         return None
-    last = graph.sole_consumer(reader.outputs[0])
-    return (reader, last) if last is not None and _divides(graph, last, reader.outputs[0], by) else None
+    product = reader.outputs[0]
+    last = graph.sole_consumer(product)
+    return (reader, last) if last is not None and _divides(graph, last, product, by) else None
 
 
 def _divides(graph: Graph, node: gs.Node, value: gs.Tensor, by: float) -> bool:
