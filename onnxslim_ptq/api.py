@@ -13,14 +13,14 @@ import onnx
 
 from calib.errors import GraphError
 from calib.model import Model, open_model, to_array
-from calib.provider import create_session, require_device, runtime
+from calib.provider import SessionOptions, create_session, require_device, runtime
 from calib.readers import fingerprint, from_iterable, open_data, split_held_out, synthetic, take
 from calib.runner import Listener, run_session
 from calib.types import Array, Dataset, SampleId
 from onnxslim_ptq import __version__
 from onnxslim_ptq.analysis.metrics import leaves
 from onnxslim_ptq.core.spec import QuantPlan
-from onnxslim_ptq.core.targets import TARGETS
+from onnxslim_ptq.core.targets import TARGETS, BiasForm
 from onnxslim_ptq.cpu import saturates
 from onnxslim_ptq.errors import RecipeError, VerificationError
 from onnxslim_ptq.export.check import check_file, source_files
@@ -93,7 +93,8 @@ class Result:
     def _run_written(self, path: Path) -> None:
         feed, expected = self._first
         try:
-            session = create_session(path)
+            foreign = TARGETS[self.context.target].bias is BiasForm.FLOAT  # as in the verification
+            session = create_session(path, options=SessionOptions(simulate=foreign))
         except GraphError as error:
             raise VerificationError(f"the written model does not load: {error}") from None
         names = [o.name for o in self.source.proto.graph.output]

@@ -99,12 +99,11 @@ class TestExternalDataAndLargeModels:
     def test_above_two_gigabytes(self, tmp_path: Path) -> None:
         width, count = 8192, 9  # 9 x 268 MB
         shape = (width, width)
-        weights = [helper.make_tensor(f"w{i}", TensorProto.FLOAT, shape, b"", raw=True) for i in range(count)]
+        weights = [TensorProto(name=f"w{i}", dims=shape, data_type=TensorProto.FLOAT) for i in range(count)]
         rng = np.random.default_rng(0)
         block = (rng.standard_normal((width // 8, width)) / np.sqrt(width)).astype(np.float32)
         with (tmp_path / "m.bin").open("wb") as file:
             for i, tensor in enumerate(weights):
-                tensor.ClearField("raw_data")
                 tensor.data_location = TensorProto.EXTERNAL
                 for key, value in (
                     ("location", "m.bin"),
