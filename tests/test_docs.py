@@ -20,12 +20,15 @@ import yaml
 from pydantic import BaseModel
 
 from calib.ranges import RANGES
+from calib.readers.limits import DEFAULT_LIMITS
 from onnxslim_ptq import cli
 from onnxslim_ptq.cli import app, main
 from onnxslim_ptq.commands.later import LATER
 from onnxslim_ptq.core.targets import TARGETS, BiasForm
 from onnxslim_ptq.graph.optimize import PASSES
 from onnxslim_ptq.recipe import STEP_RANGES, QuantizeStep, Recipe, recipe_names
+from onnxslim_ptq.steps.quantize import _FEWEST, _MOST
+from onnxslim_ptq.steps.ranges import _COUNTED
 from tests.test_imports import ORDER
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -295,9 +298,19 @@ class TestTables:
         rows = _table(_text("docs/how-it-works.md"), "| pass |")
         assert [row[0].strip("`") for row in rows] == list(PASSES)
 
+    def test_numbers(self) -> None:
+        """Constants that are tuned from time to time."""
+        text = " ".join(_text("docs/how-it-works.md").split())
+        assert f"about {_COUNTED:.0f} elements" in text
+        assert f"on {_FEWEST} to {_MOST} calibration samples" in text
+        limits = {row[0]: row[1] for row in _table(_text("docs/calibration-data.md"), "| limit |")}
+        assert limits["one decoded sample"] == f"{DEFAULT_LIMITS.max_sample_bytes // 2**30} GiB"
+        assert limits["samples"] == f"{DEFAULT_LIMITS.max_samples:,}"
+        assert limits["arrays in a file"] == str(DEFAULT_LIMITS.max_arrays)
+
     def test_import_order(self) -> None:
-        line = next(b for b in _blocks(_text("docs/design.md"), "text") if "←" in b).strip()
-        listed = [set(group.split(", ")) for group in line.split(" ← ")]
+        line = next(b for b in _blocks(_text("docs/design.md"), "text") if "←" in b)
+        listed = [set(group.split(", ")) for group in re.split(r"\s+←\s+", line.strip())]
         exist = [{name for name in group if importlib.util.find_spec(name)} for group in ORDER]
         short = [
             {n.removeprefix("onnxslim_ptq.") for n in group} - {"onnxslim_ptq", "__main__"} for group in exist
