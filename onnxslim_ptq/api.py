@@ -75,7 +75,7 @@ class Result:
         return proto
 
     def save(self, out: str | Path, *, external_data: bool = False) -> OutputPaths:
-        """Write the model and its weights JSON (CONTRACT: "What quantize writes"), atomically, after a last check.
+        """Write the model and its weights JSON (README: "What it writes"), atomically, after a last check.
 
         The written file is read again, checked, loaded and run; VerificationError leaves nothing at ``out``.
         """
@@ -140,7 +140,7 @@ def quantize(
 ) -> Result:
     """Quantize a float ONNX model (path or proto, which stays as it is) and verify the result in memory.
 
-    ``calib_data`` and ``eval_data``: paths (see CONTRACT "Calibration files"), or any re-iterable of
+    ``calib_data`` and ``eval_data``: paths (see docs/calibration-data.md), or any re-iterable of
     {input: ndarray}; without calibration data ranges come from synthetic samples, which suits weights only.
     ``target`` overrides the recipe's. Raises RecipeError, GraphError, CalibrationError, DeviceError and
     VerificationError (output SQNR below ``min_sqnr`` dB, NaN, a missing output).

@@ -1,4 +1,4 @@
-"""The command line: which command runs, and which exit code an error becomes (CONTRACT: "Exit codes")."""
+"""The command line: which command runs, and which exit code an error becomes (README: "Exit codes")."""
 
 from __future__ import annotations
 

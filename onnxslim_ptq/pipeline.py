@@ -65,7 +65,7 @@ class Outcome:
 
 
 def run(job: Job) -> Outcome:
-    """Quantize and verify; raises the error classes of CONTRACT for a bad model, bad data or a failed verification."""
+    """Quantize and verify; raises GraphError, RecipeError, CalibrationError, DeviceError or VerificationError."""
     notes: list[str] = []
     graph = _float_graph(job, notes)
     layers, skipped = _choices(job, graph)
@@ -73,13 +73,22 @@ def run(job: Job) -> Outcome:
         graph, job.target, job.calibration, job.device, job.threads, job.reduce_range, job.listener
     )
     placement = dry_placement(workspace, layers)
-    _require_layers(job, placement.layers, {**skipped, **placement.skipped})
+    # A model that keeps everything in subgraphs is passed on in float, and says so: pipelines of many models go on.
+    inside = not layers and any(graph.has_subgraph(n) for n in graph.nodes)
+    if inside:
+        notes.append(
+            "every layer lies inside a subgraph (If, Loop, Scan): the written model computes in float"
+        )
+    else:
+        _require_layers(job, placement.layers, {**skipped, **placement.skipped})
     placement, stats = _statistics(job, workspace, placement, layers, notes)
-    _require_layers(job, placement.layers, {**skipped, **placement.skipped})
+    if not inside:
+        _require_layers(job, placement.layers, {**skipped, **placement.skipped})
     plan = quantize.apply(workspace, placement, stats)
     quantized = _rendered(job, workspace, placement, plan)
     plan.skipped = {**skipped, **placement.skipped, **plan.skipped}
-    _require_layers(job, plan.weights, plan.skipped)
+    if not inside:
+        _require_layers(job, plan.weights, plan.skipped)
     notes += graph.notes + plan.notes
     workspace.memo.clear()  # histograms are no longer needed
     del stats

@@ -25,7 +25,7 @@ class Target:
     ``depthwise_pays``: whether an integer depthwise Conv is faster than the float one between float values.
     ``float16_cast``: a float16 model computes its quantized layers in float32 between casts (no float16 kernels).
     ``optimizes_here``: ONNX Runtime on this machine is the target, so its optimized graph is checked for weights
-    that would be dequantized at every run. ``exporter`` is a key of ``export.EXPORTERS`` or None: not available yet.
+    that would be dequantized at every run. ``exporter`` names the form of the written graph; None: not available yet.
     """
 
     name: str
