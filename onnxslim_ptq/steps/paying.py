@@ -39,8 +39,8 @@ def not_paying(
 ) -> dict[str, str]:
     """Depthwise Convs (one input channel per group) that do not read a value which is quantized anyway.
 
-    ONNX Runtime's float depthwise kernel is as fast as the integer one, and two quantizers less is worth 1 to 3 dB on
-    mobile networks. Behind a quantized value it has to be integer all the same: ONNX Runtime would otherwise quantize
+    ONNX Runtime's float depthwise kernel is as fast as the integer one, and every quantizer that is not there adds no
+    error. Behind a quantized value it has to be integer all the same: ONNX Runtime would otherwise quantize
     its weight by itself, per tensor (WeightBiasQuantization).
     """
     floats: dict[str, str] = {}

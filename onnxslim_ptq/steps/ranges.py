@@ -68,11 +68,12 @@ def fixed_range(placed: PlacedTensor, stats: Mapping[Probe, Stats]) -> Range:
 
 
 def candidates(placed: PlacedTensor, histogram: HistogramStats) -> dict[str, Range]:
-    """Named ranges for a tensor under ``auto``: its extremes and its own smallest squared error."""
+    """Named ranges for a tensor under ``auto``: its extremes and, where layers read it, its smallest squared error."""
     grid = grid_of(placed.spec)
     require_values(placed, histogram)
     stats: dict[str, Stats] = {"histogram": histogram}
-    return {"minmax": MinMax().range_of(stats, grid), "mse": Mse().range_of(stats, grid)}
+    found = {"minmax": MinMax().range_of(stats, grid)}
+    return found | {"mse": Mse().range_of(stats, grid)} if placed.readers else found
 
 
 def require_values(placed: PlacedTensor, histogram: HistogramStats) -> None:
