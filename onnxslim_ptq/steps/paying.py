@@ -39,9 +39,8 @@ def not_paying(
 ) -> dict[str, str]:
     """Depthwise Convs (one input channel per group) that do not read a value which is quantized anyway.
 
-    ONNX Runtime's float depthwise kernel is as fast as the integer one, and every quantizer that is not there adds no
-    error. Behind a quantized value it has to be integer all the same: ONNX Runtime would otherwise quantize
-    its weight by itself, per tensor (WeightBiasQuantization).
+    Two quantizers less add no error, and on the mobile networks of docs/benchmarks.md the whole model did not get slower.
+    Behind a quantized value it stays integer: its input has been paid for there already.
     """
     floats: dict[str, str] = {}
     if target.depthwise_pays:
