@@ -39,7 +39,7 @@ def not_paying(
 ) -> dict[str, str]:
     """Depthwise Convs (one input channel per group) that do not read a value which is quantized anyway.
 
-    Two quantizers less add no error, and on the mobile networks of docs/benchmarks.md the whole model did not get slower.
+    Two quantizers less add no error, and the mobile networks of docs/benchmarks.md did not get slower for it.
     Behind a quantized value it stays integer: its input has been paid for there already.
     """
     floats: dict[str, str] = {}
