@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 
 from calib.types import Array, Range
 from onnxslim_ptq.core.dtypes import INT32
-from onnxslim_ptq.core.spec import QParams, QuantSpec
+from onnxslim_ptq.core.spec import Grain, PerGroup, PerTensor, QParams, QuantSpec
 
 __all__ = [
     "SMALLEST_SCALE",
     "channel_range",
     "dequantize",
     "fake_quantize",
+    "grain_range",
     "params_from_range",
     "quantize",
     "quantize_bias",
@@ -32,9 +33,10 @@ SMALLEST_SCALE = float(
 
 
 def params_from_range(rng: Range, spec: QuantSpec, *, codes: int | None = None) -> QParams:
-    """Scale and zero point that cover ``rng`` (0-d or [channels], float64), which is widened to contain 0.
+    """Scale and zero point that cover ``rng`` (in the shape of the scales, float64), which is widened to contain 0.
 
-    Symmetric: scale = max(|lo|, |hi|) / 127, zero point in the middle of the type (128 for uint8).
+    Symmetric: scale = max(|lo|, |hi|) / 127 (7 for int4, 32767 for int16), zero point in the middle of the type (128 for
+    uint8).
     Asymmetric: scale = (hi - lo) / (highest - lowest), zero_point = round(lowest - lo / scale).
     ``codes`` lowers the largest symmetric magnitude (64 = "reduced range" for processors whose int8 sums saturate).
     A range that is only {0} gets scale 1. Raises ValueError when a bound is not finite.
@@ -70,10 +72,23 @@ def channel_range(weight: Array, axis: int | None) -> Range:
     return Range(np.asarray(weight.min(axis=axes), np.float64), np.asarray(weight.max(axis=axes), np.float64))
 
 
-def _along(values: NDArray[Any], ndim: int, axis: int | None) -> NDArray[Any]:
+def grain_range(weight: Array, grain: Grain) -> Range:
+    """The exact minima and maxima of ``weight`` in the shape of the scales of ``grain``."""
+    if not isinstance(grain, PerGroup):
+        return channel_range(weight, None if isinstance(grain, PerTensor) else grain.axis)
+    starts = np.arange(0, weight.shape[grain.axis], grain.size)
+    lo, hi = (f.reduceat(weight, starts, axis=grain.axis) for f in (np.minimum, np.maximum))
+    return Range(np.asarray(lo, np.float64), np.asarray(hi, np.float64))
+
+
+def _along(values: NDArray[Any], x: Array, params: QParams) -> NDArray[Any]:
+    """``values``, shaped like the scale, so that they broadcast against ``x``."""
+    axis, block = params.axis, params.block
     if axis is None or values.ndim == 0:
         return values
-    return values.reshape([-1 if i == axis % ndim else 1 for i in range(ndim)])
+    if block is not None:
+        return values.repeat(block, axis=axis).take(np.arange(x.shape[axis]), axis=axis)
+    return values.reshape([-1 if i == axis % x.ndim else 1 for i in range(x.ndim)])
 
 
 def quantize(x: Array, params: QParams) -> Array:
@@ -83,17 +98,17 @@ def quantize(x: Array, params: QParams) -> Array:
     """
     dtype = params.spec.dtype
     work = np.float32 if x.dtype in (np.float16, np.float32) else np.float64
-    scale = _along(params.scale.astype(work), x.ndim, params.axis)
+    scale = _along(params.scale.astype(work), x, params)
     with np.errstate(over="ignore"):  # a quotient beyond the float type saturates like any other
         steps = np.rint(np.asarray(x, work) / scale)
-    codes = steps + _along(params.zero_point, x.ndim, params.axis)
+    codes = steps + _along(params.zero_point, x, params)
     return np.asarray(np.clip(codes, dtype.lowest, dtype.highest), dtype.dtype)
 
 
 def dequantize(codes: Array, params: QParams) -> NDArray[np.float32]:
     """float32 values of integer codes."""
-    zero = _along(params.zero_point, codes.ndim, params.axis)
-    scale = _along(params.scale.astype(np.float32), codes.ndim, params.axis)
+    zero = _along(params.zero_point, codes, params)
+    scale = _along(params.scale.astype(np.float32), codes, params)
     return np.asarray((codes.astype(np.int64) - zero).astype(np.float32) * scale, np.float32)
 
 

@@ -14,6 +14,7 @@ __all__ = [
     "BiasCodes",
     "Grain",
     "PerChannel",
+    "PerGroup",
     "PerTensor",
     "QParams",
     "QuantPlan",
@@ -38,7 +39,16 @@ class PerChannel:
     axis: int
 
 
-Grain = PerTensor | PerChannel
+@dataclass(frozen=True)
+class PerGroup:
+    """One scale per block of ``size`` neighbours along ``axis``, for every index of the other axes (the last block may
+    be shorter): the scale has the value's shape with that axis divided, as blocked DequantizeLinear takes it."""
+
+    axis: int
+    size: int
+
+
+Grain = PerTensor | PerChannel | PerGroup
 
 
 @dataclass(frozen=True)
@@ -70,7 +80,7 @@ class QuantSpec:
 
 @dataclass(frozen=True)
 class QParams:
-    """Scale (float64) and zero point (int64), 0-d for PerTensor, [channels] for PerChannel."""
+    """Scale (float64) and zero point (int64): 0-d for PerTensor, [channels] for PerChannel, blocks for PerGroup."""
 
     spec: QuantSpec
     scale: NDArray[np.float64]
@@ -78,7 +88,12 @@ class QParams:
 
     @property
     def axis(self) -> int | None:
-        return self.spec.grain.axis if isinstance(self.spec.grain, PerChannel) else None
+        return None if isinstance(self.spec.grain, PerTensor) else self.spec.grain.axis
+
+    @property
+    def block(self) -> int | None:
+        """The block size of PerGroup."""
+        return self.spec.grain.size if isinstance(self.spec.grain, PerGroup) else None
 
     def range(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """The real values of the lowest and highest code."""

@@ -312,8 +312,8 @@ class TestTypes:
         assert int_type("uint8") is UINT8
         assert (INT8.lowest, INT8.highest, INT8.signed, str(INT8)) == (-128, 127, True, "int8")
         assert (UINT8.lowest, UINT8.highest, UINT8.signed) == (0, 255, False)
-        with pytest.raises(ValueError, match=r"int4.*int8, uint8, int32"):
-            int_type("int4")
+        with pytest.raises(ValueError, match=r"int3.*int8, uint8, int16, uint16, int32"):
+            int_type("int3")
 
     def test_the_range_of_the_codes(self) -> None:
         low, high = qparams(UINT8, 0.5, 10).range()
