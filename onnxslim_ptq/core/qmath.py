@@ -35,8 +35,8 @@ SMALLEST_SCALE = float(
 def params_from_range(rng: Range, spec: QuantSpec, *, codes: int | None = None) -> QParams:
     """Scale and zero point that cover ``rng`` (in the shape of the scales, float64), which is widened to contain 0.
 
-    Symmetric: scale = max(|lo|, |hi|) / 127 (7 for int4, 32767 for int16), zero point in the middle of the type (128 for
-    uint8).
+    Symmetric: scale = max(|lo|, |hi|) / 127 (7 for int4, 32767 for int16), zero point in the middle of the type
+    (128 for uint8).
     Asymmetric: scale = (hi - lo) / (highest - lowest), zero_point = round(lowest - lo / scale).
     ``codes`` lowers the largest symmetric magnitude (64 = "reduced range" for processors whose int8 sums saturate).
     A range that is only {0} gets scale 1. Raises ValueError when a bound is not finite.

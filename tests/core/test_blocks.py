@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
@@ -27,7 +29,7 @@ def by_runtime(weight: NDArray[np.float32], params: QParams) -> tuple[Array, Arr
     """Codes and values as a graph of QuantizeLinear and DequantizeLinear gives them."""
     dtype = params.spec.dtype
     assert isinstance(params.spec.grain, PerGroup)
-    attrs = {"axis": params.spec.grain.axis, "block_size": params.spec.grain.size}
+    attrs: dict[str, Any] = {"axis": params.spec.grain.axis, "block_size": params.spec.grain.size}
     helper = onnx.helper
     constants = [
         onnx.numpy_helper.from_array(params.scale.astype(np.float32), "s"),
