@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["Probe", "collect", "create_session"]
+__all__ = ["Gathering", "Probe", "Statistics", "collect", "create_session", "gather"]
 
 if TYPE_CHECKING:
+    from calib.gather import Gathering, gather
     from calib.provider import create_session
     from calib.runner import collect
+    from calib.store import Statistics
     from calib.types import Probe
 
-_HOMES = {"Probe": "calib.types", "collect": "calib.runner", "create_session": "calib.provider"}
+_HOMES = {
+    "Gathering": "calib.gather",
+    "Probe": "calib.types",
+    "Statistics": "calib.store",
+    "collect": "calib.runner",
+    "create_session": "calib.provider",
+    "gather": "calib.gather",
+}
 
 
 def __getattr__(name: str) -> Any:

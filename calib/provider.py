@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +13,22 @@ from typing import Any
 import numpy as np
 import onnx
 
+from calib.devices import CPU, Device
 from calib.errors import DeviceError, GraphError
+from calib.model import open_model
 from calib.types import Array
 
-__all__ = ["Optimize", "SessionOptions", "create_session", "require_device", "runtime"]
+__all__ = [
+    "Optimize",
+    "SessionOptions",
+    "create_session",
+    "new_session",
+    "one_line",
+    "require_device",
+    "runtime",
+]
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "npu": "CANNExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_PROOF_SECONDS = 300  # for a matrix product; the first start of a compiler can take a minute
 
 
 @dataclass(frozen=True)
@@ -26,7 +37,8 @@ class SessionOptions:
 
     ``optimize`` is off | basic | all; ``simulate`` keeps ONNX Runtime from quantizing float weights behind a
     quantized activation by itself (its WeightBiasQuantization optimizer), which a simulation must not do.
-    ``frugal`` gives memory back as soon as a value dies, for sessions that run a few times beside others.
+    ``frugal`` gives memory back as soon as a value dies, for sessions that run a few times beside others. Without
+    ``prepack`` weights stay as they lie: with them in a file of external data, the session needs no memory for them.
     ``write_optimized`` is where ONNX Runtime leaves the graph as it will really run.
     """
 
@@ -35,6 +47,7 @@ class SessionOptions:
     threads: int = 0
     write_optimized: Path | None = None
     frugal: bool = False
+    prepack: bool = True
 
 
 class Optimize:
@@ -62,23 +75,14 @@ def runtime() -> ModuleType:
 
 
 def require_device(device: str) -> str:
-    """The execution provider for ``cpu``, ``npu[:ID]`` or ``cuda``; raises DeviceError when it is not really here."""
-    kind = device.split(":", 1)[0]
-    if kind not in _PROVIDERS:
-        raise DeviceError(f"device '{device}' is unknown; use cpu, npu, npu:ID or cuda")
-    provider = _PROVIDERS[kind]
-    available = runtime().get_available_providers()
-    if provider not in available:
-        cure = {
-            "npu": "pip install 'onnxslim_ptq[cann]' on a host with the CANN toolkit",
-            "cuda": "install an onnxruntime build with CUDA",
-        }.get(kind, "reinstall onnxruntime")
-        raise DeviceError(
-            f"device '{device}' is not available: this onnxruntime has {', '.join(available)}; {cure}"
-        )
-    if kind != "cpu":
-        raise DeviceError(f"device '{device}' is not available yet in this version; use --device cpu")
-    return provider
+    """The execution provider for ``cpu``, ``npu[:ID]`` or ``cuda[:ID]``, after a matrix product was computed on it.
+
+    Raises DeviceError with the reason and the cure when it is not really there.
+    """
+    parsed = _in_this_build(device)
+    if parsed.kind != "cpu":
+        _prove(parsed)
+    return parsed.provider
 
 
 def create_session(
@@ -88,14 +92,41 @@ def create_session(
     device: str = "cpu",
     options: SessionOptions = SessionOptions(),
 ) -> Any:
-    """An ``onnxruntime.InferenceSession`` over a skeleton, its large initializers shared with ``weights``, not copied.
+    """A session over a skeleton, its large initializers shared with ``weights``, not copied.
 
-    Raises DeviceError when the device is not there and GraphError when ONNX Runtime refuses the model.
+    On the CPU an ``onnxruntime.InferenceSession``; on another device a ``ChildSession`` with the same ``run``, in a
+    process of its own, whose placement and first results are checked. Raises DeviceError when the device is not there
+    or does not compute what it should, GraphError when ONNX Runtime refuses the model.
     """
-    provider = require_device(device)
+    parsed = _in_this_build(device)
+    if parsed.kind != "cpu":
+        return _child_session(model, weights or {}, parsed, options)
     ort = runtime()
+    if weights and isinstance(model, bytes):
+        weights = _only_read(model, weights)
+    try:
+        return new_session(ort, model, weights or {}, options, [CPU])
+    except Exception as error:  # ONNX Runtime raises many classes; their text is what the user needs
+        raise GraphError(f"ONNX Runtime {ort.__version__} cannot load the model: {one_line(error)}") from None
+
+
+def new_session(
+    ort: ModuleType,
+    model: bytes | Path,
+    weights: Mapping[str, Array],
+    options: SessionOptions,
+    providers: Sequence[Any],
+    *,
+    record: bool = False,
+    profile: bool = False,
+) -> Any:
+    """An InferenceSession as ``options`` say, without falling back to other providers; raises what ONNX Runtime raises.
+
+    ``record`` and ``profile`` are two ways to learn later which provider took which node (calib.devices.placement).
+    """
     settings = ort.SessionOptions()
-    settings.log_severity_level = 4  # fatal only: errors are raised, and need not stand on stderr as well
+    # Fatal only: errors are raised, and need not stand on stderr as well. In a child process they tell the reason.
+    settings.log_severity_level = 3 if record or profile else 4
     settings.intra_op_num_threads = options.threads
     levels = ort.GraphOptimizationLevel
     settings.graph_optimization_level = {
@@ -103,31 +134,83 @@ def create_session(
         Optimize.BASIC: levels.ORT_ENABLE_BASIC,
         Optimize.ALL: levels.ORT_ENABLE_ALL,
     }[options.optimize]
+    add = settings.add_session_config_entry
+    if not options.prepack:
+        settings.add_session_config_entry("session.disable_prepacking", "1")
     if options.frugal:
         settings.enable_cpu_mem_arena = False
         settings.enable_mem_pattern = False
     if options.write_optimized is not None:
         settings.optimized_model_filepath = str(options.write_optimized)
         # Weights go beside the structure, which is all that anyone reads back.
-        add = settings.add_session_config_entry
         add("session.optimized_model_external_initializers_file_name", f"{options.write_optimized.name}.data")
         add("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
-    if weights and isinstance(model, bytes):  # ONNX Runtime drops what nothing reads, and then misses it
-        read = _names_read(onnx.ModelProto.FromString(model).graph)
-        weights = {name: values for name, values in weights.items() if name in read}
+    if record:
+        add("session.record_ep_graph_assignment_info", "1")
+    settings.enable_profiling = profile
     shared = _share(settings, weights, ort) if weights else []
-    disabled = ["WeightBiasQuantization"] if options.simulate else []
-    try:
-        source = str(model) if isinstance(model, Path) else model
-        session = ort.InferenceSession(source, settings, providers=[provider], disabled_optimizers=disabled)
-    except Exception as error:  # ONNX Runtime raises many classes; their text is what the user needs
-        raise GraphError(
-            f"ONNX Runtime {ort.__version__} cannot load the model: {_one_line(error)}"
-        ) from None
-    session.shared_weights = (
-        shared  # the session reads them where they lie, so they must live as long as it does
+    source = str(model) if isinstance(model, Path) else model
+    session = ort.InferenceSession(
+        source,
+        settings,
+        providers=list(providers),
+        disabled_optimizers=["WeightBiasQuantization"] if options.simulate else [],
+        enable_fallback=0,
     )
+    session.shared_weights = shared  # it reads them where they lie, so they must live as long as it does
     return session
+
+
+def _in_this_build(device: str) -> Device:
+    """The parsed device; DeviceError when this build of ONNX Runtime has no provider for it."""
+    parsed = Device.parse(device)
+    available = runtime().get_available_providers()
+    if parsed.provider not in available:
+        cure = "reinstall onnxruntime" if parsed.kind == "cpu" else parsed.accelerator.install
+        raise DeviceError(
+            f"device '{device}' is not available: this onnxruntime has {', '.join(available)}; {cure}"
+        )
+    return parsed
+
+
+@functools.lru_cache
+def _prove(device: Device) -> None:
+    """A list of providers says what was compiled in; only a result says what works."""
+    model = onnx.parser.parse_model(
+        '<ir_version: 7, opset_import: ["" : 13]> '
+        "proof (float[4,4] x, float[4,4] w) => (float[4,4] y) { y = MatMul (x, w) }"
+    )
+    x = np.arange(-8, 8, dtype=np.float32).reshape(4, 4) / 8
+    session = _child_session(
+        model.SerializeToString(), {}, device, SessionOptions(threads=1), seconds=_PROOF_SECONDS
+    )
+    with session:
+        session.run(None, {"x": x, "w": x})  # compared with the CPU's by the session itself
+
+
+def _child_session(
+    model: bytes | Path,
+    weights: Mapping[str, Array],
+    device: Device,
+    options: SessionOptions,
+    seconds: float | None = None,
+) -> Any:
+    from calib.devices.child import ChildSession
+
+    if options.write_optimized is not None:
+        raise ValueError("write_optimized: the optimized graph of an accelerator cannot be written")
+    if isinstance(model, Path):
+        opened = open_model(model)
+        skeleton, weights = bytes(opened.proto.SerializeToString()), {**opened.weights, **weights}
+    else:
+        skeleton = model
+    return ChildSession(skeleton, _only_read(skeleton, weights), device, options, seconds=seconds)
+
+
+def _only_read(model: bytes, weights: Mapping[str, Array]) -> Mapping[str, Array]:
+    """Weights without those that nothing reads: ONNX Runtime drops them from the model, and then misses them."""
+    read = _names_read(onnx.ModelProto.FromString(model).graph)
+    return {name: values for name, values in weights.items() if name in read}
 
 
 def _names_read(graph: onnx.GraphProto) -> set[str]:
@@ -149,5 +232,6 @@ def _share(settings: Any, weights: Mapping[str, Array], ort: ModuleType) -> list
     return [*arrays, *values]
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """The text of an error on one line of at most 400 characters."""
     return " ".join(str(error).split())[:400]

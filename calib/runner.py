@@ -1,33 +1,49 @@
-"""Watches data flow through a model: one sweep over the samples feeds every statistic that was asked for."""
+"""Watches data flow through a model: as few sweeps over the samples as memory allows feed every statistic asked for."""
 
 from __future__ import annotations
 
-import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Any
 
 import onnx
 
-from calib.errors import CalibrationError
+from calib.bounds import Facts
+from calib.budget import BUDGET, split
+from calib.errors import CalibrationError, QuantizationError
+from calib.lanes import in_lanes, lanes_for, values_of
 from calib.model import Model
 from calib.provider import SessionOptions, create_session
+from calib.reduce import Plan, Pooled, make_plan
 from calib.stats import COLLECTORS
-from calib.types import Array, Dataset, Feed, Probe, SampleId, Stats
+from calib.types import Array, Dataset, Feed, Probe, Sample, SampleId, Stats
 
 __all__ = ["Progress", "collect", "run_model", "run_session", "tap"]
 
 
 @dataclass(frozen=True)
 class Progress:
-    """An event for whoever shows progress: ``done`` of ``total`` samples of phase ``what``."""
+    """An event for whoever shows progress: ``done`` of ``total`` samples of phase ``what``, ``seconds`` since it began.
+
+    ``rate`` is in samples per second, ``eta`` in seconds; both None as long as nothing can be said.
+    """
 
     what: str
     done: int
     total: int
+    seconds: float = field(default=0.0, compare=False)
+
+    @property
+    def rate(self) -> float | None:
+        return self.done / self.seconds if self.done > 0 and self.seconds > 0 else None
+
+    @property
+    def eta(self) -> float | None:
+        return max(self.total - self.done, 0) / self.rate if self.rate else None
 
 
-_WORTH_A_THREAD = 1 << 16
 Listener = Callable[[Progress], None]
 
 
@@ -56,54 +72,131 @@ def collect(
     device: str = "cpu",
     options: SessionOptions = SessionOptions(),
     listener: Listener | None = None,
+    memory: int = BUDGET,
 ) -> dict[Probe, Stats]:
-    """Run every sample once and return the statistic of each probe.
+    """Run every sample and return the statistic of each probe.
 
-    Memory is one sample's tapped tensors plus the statistics; it does not grow with the number of samples. Probes
-    of graph inputs are served from the feeds. Raises CalibrationError when there is no sample or ONNX Runtime fails
-    on one (naming it), DeviceError when the device is not there.
+    One sweep over ``data``; several when the statistics would hold more than ``memory`` bytes at once. Otherwise
+    memory is the tapped tensors of the samples in hand (`calib.lanes`: one per core, at most 4) and does not grow with
+    the number of samples. Probes of graph inputs are served from the feeds. Raises CalibrationError when there is no
+    sample or ONNX Runtime fails on one (naming it), DeviceError when the device is not there.
     """
-    stats = {probe: COLLECTORS[probe.kind](probe) for probe in probes}
-    inputs = {i.name for i in model.proto.graph.input}
-    by_tensor: dict[str, list[Stats]] = {}
-    for probe, stat in stats.items():
-        by_tensor.setdefault(probe.tensor, []).append(stat)
-    tapped = [name for name in by_tensor if name not in inputs]
-    fed = [name for name in by_tensor if name in inputs]
-    if not tapped:  # a session needs an output; the model's own will do
-        tapped = [model.proto.graph.output[0].name]
-    session = create_session(
-        tap(model, tapped).SerializeToString(), model.weights, device=device, options=options
-    )
-    total, done = len(data), 0
-    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        for sample, feed in data:
-            arrays = dict(zip(tapped, run_session(session, tapped, feed, sample), strict=True))
-            arrays.update({name: feed[name] for name in fed})
-            # Handing a small array to a thread costs more than looking at it.
-            large = [n for n in arrays if arrays[n].size >= _WORTH_A_THREAD]
-            jobs = [pool.submit(_update, by_tensor.get(n, ()), arrays.pop(n), sample) for n in large]
-            for name in list(arrays):
-                _update(by_tensor.get(name, ()), arrays.pop(name), sample)
-            for job in jobs:
-                job.result()
+    facts = Facts(model)
+    stats: dict[Probe, Stats] = {}
+    sweeps = split(list(dict.fromkeys(probes)), facts, memory) or [[]]
+    total, started = len(data) * len(sweeps), time.monotonic()
+    done = 0
+    for group in sweeps:
+        mine = {probe: COLLECTORS[probe.kind](probe) for probe in group}
+        sweep = _Sweep(model, make_plan(model.proto, facts, mine), device, options)
+        for _ in sweep.run(data):
             done += 1
             if listener is not None:
-                listener(Progress("calibrating", done, total))
+                listener(Progress("calibrating", done, total, time.monotonic() - started))
+        sweep.settle(data)
+        stats |= mine
     if done == 0:
         raise CalibrationError("the calibration data holds no samples; give at least one")
     return stats
 
 
-def _update(stats: Sequence[Stats], array: Array, sample: SampleId) -> None:
-    for stat in stats:
-        stat.update(array, sample)
+class _Sweep:
+    """Every sample once through the tapped model, its values handed to the statistics that want them.
+
+    Statistics do not depend on the order of samples, so lanes feed them as they come, one at a time each.
+    """
+
+    def __init__(self, model: Model, plan: Plan, device: str, options: SessionOptions) -> None:
+        self._model, self._plan, self._device = model, plan, device
+        self._lanes, self._options = lanes_for(options, device)
+        self._locks = {name: Lock() for name in plan.wanted}
+        self._exact: Any = None
+        self._making = Lock()
+        self._open: dict[str, set[int]] = {name: set() for name in plan.pooled}
+        # A session needs an output; the model's own will do.
+        self._outputs = plan.outputs or [model.proto.graph.output[0].name]
+        tapped = tap(model, self._outputs)
+        tapped.graph.node.extend(plan.nodes())
+        self._session = self._create(tapped)
+
+    def _create(self, tapped: onnx.ModelProto) -> Any:
+        return create_session(
+            tapped.SerializeToString(), self._model.weights, device=self._device, options=self._options
+        )
+
+    def run(self, data: Dataset) -> Iterator[None]:
+        """Take in all samples; yields after each."""
+        return in_lanes(data, self._take, self._lanes)
+
+    def _take(self, item: Sample) -> None:
+        sample, feed = item
+        plan = self._plan
+        found = run_session(self._session, self._outputs, feed, sample, views=True)
+        values = dict(zip(self._outputs, found, strict=True))
+        del found
+        broken = False
+        for name in (*plan.fed, *plan.whole):
+            whole = feed[name] if name in plan.fed else values.pop(name)
+            broken |= self._update(name, whole, sample)
+        seen = {name: pooled.summary(values) for name, pooled in plan.pooled.items()}
+        if broken or any(one is None for one in seen.values()):
+            for name, whole in self._whole(list(seen), feed, sample).items():
+                self._update(name, whole, sample)
+            return
+        for name, found_exact in seen.items():
+            assert found_exact is not None
+            summary, exact = found_exact
+            with self._locks[name]:
+                for wanted in plan.wanted[name]:
+                    wanted.note(summary)
+                if not exact:
+                    self._open[name].add(sample.index)
+
+    def _update(self, name: str, whole: Array, sample: SampleId) -> bool:
+        """Take in a whole value; whether it is watched and has a NaN."""
+        watched = self._plan.wanted[name] if name in self._plan.watched else []
+        with self._locks[name]:
+            before = sum(wanted.nan for wanted in watched)
+            for wanted in self._plan.wanted[name]:
+                wanted.update(whole, sample)
+            return sum(wanted.nan for wanted in watched) > before
+
+    def _whole(self, names: Sequence[str], feed: Feed, sample: SampleId) -> dict[str, Array]:
+        """Pooled values of one sample as they are, from a session that is only made when it is needed."""
+        with self._making:
+            if self._exact is None:
+                self._exact = self._create(tap(self._model, list(self._plan.pooled)))
+        return dict(zip(names, run_session(self._exact, names, feed, sample), strict=True))
+
+    def settle(self, data: Dataset) -> None:
+        """Look again at the samples of which extremes are missing that could still be the largest of all."""
+        missing = {
+            name: self._open[name] for name, pooled in self._plan.pooled.items() if not self._settled(pooled)
+        }
+        for sample, feed in data if any(missing.values()) else ():
+            names = [name for name, indices in missing.items() if sample.index in indices]
+            for name, whole in (self._whole(names, feed, sample) if names else {}).items():
+                for wanted in self._plan.wanted[name]:
+                    wanted.reach(float(whole.min()), float(whole.max()))
+
+    def _settled(self, pooled: Pooled) -> bool:
+        extremes = [e for w in self._plan.wanted[pooled.tensor] if (e := w.extremes) is not None]
+        return all(pooled.settled(*ends) for ends in extremes)
 
 
-def run_session(session: object, outputs: Sequence[str] | None, feed: Feed, sample: SampleId) -> list[Array]:
-    """Run one sample; an ONNX Runtime failure becomes a CalibrationError that names the sample."""
+def run_session(
+    session: object, outputs: Sequence[str] | None, feed: Feed, sample: SampleId, *, views: bool = False
+) -> list[Array]:
+    """Run one sample; an ONNX Runtime failure becomes a CalibrationError that names the sample.
+
+    ``views``: read-only views of the session's memory (see `values_of`) instead of copies, for short use.
+    """
     try:
+        if views and outputs is not None:
+            return values_of(session, outputs, feed)
         result: list[Array] = session.run(list(outputs) if outputs is not None else None, dict(feed))  # type: ignore[attr-defined]
+    except QuantizationError:  # a device that fails says so itself: it is not the sample's fault
+        raise
     except Exception as error:
         text = " ".join(str(error).split())[:300]
         shapes = ", ".join(f"{k} {list(v.shape)} {v.dtype}" for k, v in feed.items())

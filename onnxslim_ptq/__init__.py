@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "Result", "__version__", "quantize"]
+__all__ = ["Recipe", "Result", "__version__", "calibrate", "quantize"]
 
 if TYPE_CHECKING:
     from onnxslim_ptq.api import Result, quantize
+    from onnxslim_ptq.calibration import calibrate
     from onnxslim_ptq.recipe import Recipe
 
 
@@ -18,6 +19,10 @@ def __getattr__(name: str) -> Any:
         from onnxslim_ptq import api
 
         return getattr(api, name)
+    if name == "calibrate":
+        from onnxslim_ptq.calibration import calibrate
+
+        return calibrate
     if name == "Recipe":
         from onnxslim_ptq.recipe import Recipe
 

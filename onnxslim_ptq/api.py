@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,30 +11,33 @@ from typing import Any
 import numpy as np
 import onnx
 
-from calib.errors import GraphError
+from calib.errors import CalibrationError, GraphError
 from calib.model import Model, open_model, to_array
-from calib.provider import SessionOptions, create_session, require_device, runtime
-from calib.readers import fingerprint, from_iterable, open_data, split_held_out, synthetic, take
+from calib.progress import Resume
+from calib.provider import SessionOptions, create_session, runtime
 from calib.runner import Listener, run_session
-from calib.types import Array, Dataset, SampleId
+from calib.store import Statistics
+from calib.types import Array, SampleId
 from onnxslim_ptq import __version__
 from onnxslim_ptq.analysis.metrics import leaves
+from onnxslim_ptq.asked import checked, gathering
 from onnxslim_ptq.core.spec import QuantPlan
 from onnxslim_ptq.core.targets import TARGETS, BiasForm
-from onnxslim_ptq.cpu import saturates
-from onnxslim_ptq.errors import RecipeError, VerificationError
+from onnxslim_ptq.errors import VerificationError
 from onnxslim_ptq.export.check import check_file, source_files
 from onnxslim_ptq.export.description import Calibration, Context, describe, write_description
 from onnxslim_ptq.export.files import AtomicFiles, OutputPaths, output_paths, write_model
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.pipeline import Job, Outcome, run
 from onnxslim_ptq.recipe import Recipe
+from onnxslim_ptq.recipes.data import without_folders
+from onnxslim_ptq.recorded import recorded_samples
+from onnxslim_ptq.samples import Samples, open_samples
 
 __all__ = ["Result", "quantize"]
 
-QUANT_TYPE = "W8A8"
 _FIRST = SampleId(0, "the first evaluation sample")
-_NAN_POLICIES = ("error", "ignore", "exclude-layer")
+_AT_ONCE = 1 << 20  # elements of an output compared at a time
 
 
 @dataclass
@@ -50,6 +53,7 @@ class Result:
     notes: list[str]
     context: Context
     _first: tuple[Mapping[str, Array], list[Array]] = field(repr=False)
+    blockwise: bool = False
 
     @property
     def skipped(self) -> dict[str, str]:
@@ -81,9 +85,9 @@ class Result:
         """
         stem = self.source.path.stem if self.source.path else "model"
         protected = source_files(self.source.path) if self.source.path else []
-        with AtomicFiles(output_paths(Path(out), stem, QUANT_TYPE), protected) as files:
+        with AtomicFiles(output_paths(Path(out), stem, self.recipe.quant_type), protected) as files:
             target = files.temporary.model
-            write_model(self.quantized, target, external=external_data)
+            write_model(self.quantized, target, external=external_data or self.blockwise)
             self.notes += check_file(target, source=self.source.path or self.source.proto)
             self._run_written(target)
             described = describe(self.plan, self.graph, self.quantized.proto, self.context)
@@ -94,7 +98,9 @@ class Result:
         feed, expected = self._first
         try:
             foreign = TARGETS[self.context.target].bias is BiasForm.FLOAT  # as in the verification
-            session = create_session(path, options=SessionOptions(simulate=foreign))
+            small = self.blockwise  # then the weights lie in a file of their own, and are mapped
+            options = SessionOptions(simulate=foreign, frugal=small, prepack=not small)
+            session = create_session(path, options=options)
         except GraphError as error:
             raise VerificationError(f"the written model does not load: {error}") from None
         names = [o.name for o in self.source.proto.graph.output]
@@ -113,7 +119,9 @@ def _same(ys: Sequence[Array], zs: Sequence[Array]) -> bool:
 def _close(y: Array, z: Array) -> bool:
     if y.shape != z.shape or y.dtype.kind not in "fc":
         return np.array_equal(y, z)
-    return np.allclose(y, z, rtol=1e-3, atol=1e-5, equal_nan=True)
+    ys, zs = y.reshape(-1), z.reshape(-1)
+    parts = [slice(at, at + _AT_ONCE) for at in range(0, y.size, _AT_ONCE)]
+    return all(np.allclose(ys[p], zs[p], rtol=1e-3, atol=1e-5, equal_nan=True) for p in parts)
 
 
 def quantize(
@@ -136,96 +144,73 @@ def quantize(
     allow_quantized: bool = False,
     threads: int = 0,
     seed: int = 0,
+    stats: str | Path | Statistics | None = None,
+    workers: int | None = None,
+    ray: str | None = None,
+    resume: str | Path | Resume | None = None,
+    blockwise: bool = False,
     listener: Listener | None = None,
 ) -> Result:
     """Quantize a float ONNX model (path or proto, which stays as it is) and verify the result in memory.
 
     ``calib_data`` and ``eval_data``: paths (see docs/calibration-data.md), or any re-iterable of
     {input: ndarray}; without calibration data ranges come from synthetic samples, which suits weights only.
-    ``target`` overrides the recipe's. Raises RecipeError, GraphError, CalibrationError, DeviceError and
-    VerificationError (output SQNR below ``min_sqnr`` dB, NaN, a missing output).
+    ``target`` overrides the recipe's. ``stats`` are statistics that `calibrate` gathered, then no data is needed;
+    ``workers`` processes (or Ray actors, ``ray`` being an address or ``local``) share the samples; ``resume`` is a
+    folder that keeps progress until the work is done; ``blockwise`` runs the model block after block, as is done anyway
+    where memory is short (docs/calibration-data.md). Raises RecipeError, GraphError, CalibrationError, DeviceError
+    and VerificationError (output SQNR below ``min_sqnr`` dB, NaN, a missing output).
     """
-    loaded = Recipe.load(recipe).with_patterns(include=include, exclude=exclude)
-    row = TARGETS.get(target or loaded.target)
-    if row is None:
-        raise RecipeError(f"target '{target}' is unknown; use one of {', '.join(TARGETS)}")
-    if row.exporter is None:
-        raise RecipeError(
-            f"target '{row.name}' is not available yet; "
-            f"available: {', '.join(n for n, t in TARGETS.items() if t.exporter)}"
-        )
-    if nan not in _NAN_POLICIES:
-        raise RecipeError(f"nan: '{nan}' is unknown; use one of {', '.join(_NAN_POLICIES)}")
-    require_device(device)
-    reduced = {"auto": row.optimizes_here and saturates(), "on": True, "off": False}.get(reduce_range)
-    if reduced is None:
-        raise RecipeError(f"reduce_range: '{reduce_range}' is unknown; use auto, on or off")
+    asked = checked(recipe, target, device, nan, reduce_range, include, exclude)
     source = open_model(model)
-    data = _Data(source, calib_data, eval_data, samples, stacked, shapes, ranges, seed)
+    given: dict[str, Any] = {"samples": samples, "stacked": stacked, "threads": threads}
+    if stats is None:
+        data = open_samples(
+            source, asked.recipe.data, calib_data, eval_data, shapes=shapes, ranges=ranges, seed=seed, **given
+        )
+    else:
+        statistics = stats if isinstance(stats, Statistics) else Statistics.load(Path(stats))
+        device = _recorded_device(statistics, device, workers, ray, resume)
+        data = recorded_samples(source, statistics, asked.recipe.data, calib_data, eval_data, **given)
+    how = gathering(source, data, workers, ray, resume, blockwise)
     job = Job(
         source,
-        loaded,
-        row,
+        asked.recipe,
+        asked.target,
         data.calibration,
         data.evaluation,
         device,
         threads,
         nan,
-        reduced,
+        asked.reduce_range,
         allow_quantized,
         min_sqnr,
         listener,
+        gathering=how,
+        recorded=data.recorded,
     )
     outcome = run(job)
+    if how.resume is not None:
+        how.resume.clear()
     return _result(job, outcome, data, seed)
 
 
-class _Data:
-    """Calibration and evaluation samples, and where the measurement was made."""
-
-    def __init__(
-        self,
-        source: Model,
-        calib: Any,
-        evaluation: Any,
-        samples: int | None,
-        stacked: bool,
-        shapes: Mapping[str, tuple[int, ...]] | None,
-        ranges: Mapping[str, tuple[float, float]] | None,
-        seed: int,
-    ) -> None:
-        inputs = source.inputs()
-        if calib is None:
-            everything: Dataset = synthetic(
-                inputs, count=samples or 8, shapes=shapes, ranges=ranges, seed=seed
-            )
-        else:
-            everything = _dataset(calib, inputs, stacked)
-            if samples is not None:
-                everything = take(everything, samples)
-        if evaluation is not None:
-            self.calibration, self.evaluation = everything, _dataset(evaluation, inputs, stacked)
-            self.measured_on = "eval"
-        elif calib is None:
-            self.calibration, self.evaluation, self.measured_on = everything, everything, "synthetic"
-        else:
-            self.calibration, self.evaluation, self.measured_on = split_held_out(everything)
-
-    @property
-    def samples(self) -> int:
-        return len(self.calibration)
+def _recorded_device(
+    statistics: Statistics, device: str, workers: int | None, ray: str | None, resume: object
+) -> str:
+    """The device the statistics were gathered on; CalibrationError for options that ask for another sweep."""
+    given = {"--workers": workers, "--ray": ray, "--resume": resume}
+    if odd := [name for name, value in given.items() if value is not None]:
+        raise CalibrationError(f"{odd[0]} gathers statistics, and --stats has them; leave one out")
+    if device not in ("cpu", statistics.conditions.device):
+        raise CalibrationError(
+            f"{statistics.origin} were gathered on device {statistics.conditions.device}, not {device}; "
+            "leave --device out, or calibrate on that device"
+        )
+    return statistics.conditions.device
 
 
-def _dataset(data: Any, inputs: Sequence[Any], stacked: bool) -> Dataset:
-    if isinstance(data, (str, Path)):
-        return open_data([Path(data)], inputs, stacked=stacked)
-    if isinstance(data, (list, tuple)) and data and all(isinstance(d, (str, Path)) for d in data):
-        return open_data([Path(d) for d in data], inputs, stacked=stacked)
-    feeds: Iterable[Any] | Callable[[], Iterable[Any]] = data
-    return from_iterable(feeds, inputs)
-
-
-def _result(job: Job, outcome: Outcome, data: _Data, seed: int) -> Result:
+def _result(job: Job, outcome: Outcome, data: Samples, seed: int) -> Result:
     verified = outcome.verification
     metrics: dict[str, Any] = {
         "sqnr_db": verified.sqnr,
@@ -238,13 +223,14 @@ def _result(job: Job, outcome: Outcome, data: _Data, seed: int) -> Result:
     context = Context(
         source=job.source.path.name if job.source.path else "model.onnx",
         source_sha256=job.source.sha256,
-        quant_type=QUANT_TYPE,
+        quant_type=job.recipe.quant_type,
         target=job.target.name,
         tool=tools,
-        recipe=job.recipe.dump(),
-        calibration=Calibration(data.samples, job.device, fingerprint(job.calibration)),
+        recipe=without_folders(job.recipe.dump()),
+        calibration=Calibration(data.samples, job.device, data.sha256, data.notes),
         seed=seed,
         metrics=metrics,
+        smoothing=[found.as_json() for found in outcome.smoothing],
     )
     return Result(
         outcome.quantized,
@@ -253,9 +239,10 @@ def _result(job: Job, outcome: Outcome, data: _Data, seed: int) -> Result:
         job.recipe,
         outcome.plan,
         metrics,
-        outcome.notes,
+        data.notes + outcome.notes,
         context,
         verified.first,
+        job.gathering.blockwise is not None,
     )
 
 

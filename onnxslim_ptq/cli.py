@@ -15,11 +15,13 @@ import typer
 from typer.core import TyperGroup
 
 from onnxslim_ptq import __version__
+from onnxslim_ptq.commands.calibrate import calibrate
 from onnxslim_ptq.commands.compare import compare
 from onnxslim_ptq.commands.console import emit_json, note, one_line, program, say
 from onnxslim_ptq.commands.doctor import doctor
 from onnxslim_ptq.commands.inspect import inspect
 from onnxslim_ptq.commands.later import LATER
+from onnxslim_ptq.commands.merge_stats import merge_stats
 from onnxslim_ptq.commands.quantize import quantize
 from onnxslim_ptq.commands.recipes import recipes
 from onnxslim_ptq.errors import DeviceError, QuantizationError, VerificationError
@@ -90,6 +92,8 @@ def _root(
 
 app.command()(quantize)
 app.command()(inspect)
+app.command()(calibrate)
+app.command("merge-stats")(merge_stats)
 app.command()(compare)
 app.command()(recipes)
 app.command()(doctor)

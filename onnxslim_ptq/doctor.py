@@ -19,10 +19,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from calib.devices import ACCELERATORS
 from onnxslim_ptq import __version__
 from onnxslim_ptq.cpu import int8_features, saturates
 
-__all__ = ["Facts", "Provider", "collect_facts", "diagnose", "usable"]
+__all__ = ["Facts", "Provider", "collect_facts", "devices", "diagnose", "usable"]
 
 _BUILDS = (
     "onnxruntime",
@@ -41,7 +42,8 @@ _OLDEST = (1, 20)
 _CPU = "CPUExecutionProvider"
 _REMOTE = "AzureExecutionProvider"  # calls a web service; there is nothing to try
 _MARK = "onnxslim-ptq-doctor:"
-_SECONDS = 120
+_SECONDS = 330  # more than a device gets for its first compilation
+_KINDS = {row.provider: kind for kind, row in ACCELERATORS.items()}
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,12 @@ class Facts:
     reduce_range: bool = False
 
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "problems": diagnose(self), "usable": usable(self)}
+        return {
+            **asdict(self),
+            "devices": devices(self),
+            "problems": diagnose(self),
+            "usable": usable(self),
+        }
 
 
 def collect_facts() -> Facts:
@@ -96,6 +103,22 @@ def collect_facts() -> Facts:
 def usable(facts: Facts) -> bool:
     """Whether quantization can run here: on the CPU, which every command needs."""
     return any(p.name == _CPU and p.works for p in facts.providers)
+
+
+def devices(facts: Facts) -> dict[str, str]:
+    """For every ``--device`` why it cannot be used here; empty when it can."""
+    if facts.error:
+        return dict.fromkeys(("cpu", *ACCELERATORS), "ONNX Runtime cannot be used")
+    known = {p.name: p for p in facts.providers}
+    reasons = {}
+    for kind, provider, install in (
+        ("cpu", _CPU, "reinstall it"),
+        *((kind, row.provider, row.install) for kind, row in ACCELERATORS.items()),
+    ):
+        found = known.get(provider)
+        missing = f"this onnxruntime has no {provider}; {install}"
+        reasons[kind] = missing if found is None else "" if found.works else found.reason
+    return reasons
 
 
 def diagnose(facts: Facts) -> list[str]:
@@ -156,15 +179,9 @@ def _version(name: str) -> str | None:
 
 
 def _explained(error: str) -> str:
-    """The reason without the place in ONNX Runtime's sources, and the cure where it is known."""
+    """The reason without the place in ONNX Runtime's sources."""
     error = re.sub(r"^\S+\.(cc|h):[0-9]+ .*\) (?=\w)", "", error)
-    if "libascendcl" in error:
-        return (
-            "the CANN toolkit is missing; install it and source its set_env.sh (libascendcl.so is not found)"
-        )
-    if "libcuda" in error or "libcublas" in error or "libcudnn" in error:
-        return f"CUDA libraries are missing; install the CUDA and cuDNN that this build needs ({error[:120]})"
-    return error[:300]
+    return re.sub(r"^device '[^']*' (is not available: )?", "", error)[:300]
 
 
 def _ask_child(provider: str) -> dict[str, Any]:
@@ -203,11 +220,13 @@ def _ask_child(provider: str) -> dict[str, Any]:
 
 def _child(provider: str) -> dict[str, Any]:
     from calib.errors import DeviceError
-    from calib.provider import runtime
+    from calib.provider import require_device, runtime
 
     try:
         ort = runtime()
-        if provider:
+        if provider in _KINDS:
+            require_device(_KINDS[provider])
+        elif provider:
             _try_provider(ort, provider)
     except DeviceError as error:
         return {"error": str(error)}

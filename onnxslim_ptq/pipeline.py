@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 from calib.errors import CalibrationError, GraphError
+from calib.gather import Gathering
 from calib.model import Model
 from calib.runner import Listener
+from calib.spool import Spool
 from calib.stats import HistogramStats, MinMaxStats
+from calib.store import Statistics
 from calib.types import Dataset, Probe, Stats
 from onnxslim_ptq.analysis.verify import Verification, verify
-from onnxslim_ptq.core.choice import LayerChoice
+from onnxslim_ptq.core.choice import LayerChoice, PerTokenActivation, StaticActivation, WeightForm
 from onnxslim_ptq.core.dtypes import int_type
 from onnxslim_ptq.core.match import Layer
 from onnxslim_ptq.core.spec import QuantPlan
@@ -24,20 +28,23 @@ from onnxslim_ptq.graph.linears import Linear, find_linears
 from onnxslim_ptq.graph.opset import raise_opset
 from onnxslim_ptq.graph.optimize import optimize
 from onnxslim_ptq.graph.precision import already_quantized
-from onnxslim_ptq.recipe import LayerConfig, Recipe, resolve
+from onnxslim_ptq.recipe import Recipe
+from onnxslim_ptq.resolution import LayerConfig, resolve
 from onnxslim_ptq.steps import quantize
 from onnxslim_ptq.steps.fusing import dry_placement, leave_float, unfused_layers
 from onnxslim_ptq.steps.placement import Placement, place
+from onnxslim_ptq.steps.run_smoothing import run_smoothing, smoothing_notes
+from onnxslim_ptq.steps.smoothing import Smoothed, SmoothingConfig
 from onnxslim_ptq.workspace import Workspace
 
-__all__ = ["Job", "Outcome", "run"]
+__all__ = ["Job", "Outcome", "Planned", "make_plan", "run"]
 
 _PER_CHANNEL_OPSET = 13
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything the main job needs; data sets are already open and split."""
+    """Everything the main job needs; data sets are already open and split. The last four are the `Workspace`'s."""
 
     source: Model
     recipe: Recipe
@@ -51,6 +58,10 @@ class Job:
     allow_quantized: bool = False
     min_sqnr: float = 6.0
     listener: Listener | None = None
+    gathering: Gathering = field(default_factory=Gathering)
+    spool: Spool | None = None
+    recorded: Statistics | None = None
+    record: Statistics | None = None
 
 
 @dataclass
@@ -62,15 +73,54 @@ class Outcome:
     plan: QuantPlan
     verification: Verification
     notes: list[str] = field(default_factory=list)
+    smoothing: list[Smoothed] = field(default_factory=list)
 
 
-def run(job: Job) -> Outcome:
-    """Quantize and verify; raises GraphError, RecipeError, CalibrationError, DeviceError or VerificationError."""
+@dataclass
+class Planned:
+    """The plan before anything is rendered; ``inside``: every layer lies in a subgraph, so there is nothing to do."""
+
+    workspace: Workspace
+    placement: Placement
+    plan: QuantPlan
+    skipped: dict[str, str]
+    notes: list[str]
+    inside: bool
+    smoothed: list[Smoothed]
+
+
+@contextmanager
+def _with_spool(job: Job) -> Iterator[Job]:
+    """The job as it is, or with a place on the disk for its tensors when it runs block after block."""
+    if job.gathering.blockwise is None or job.spool is not None:
+        yield job
+    else:
+        with Spool(job.gathering.blockwise.folder) as spool:
+            yield replace(job, spool=spool)
+
+
+def make_plan(job: Job) -> Planned:
+    """Everything that needs statistics; raises GraphError, RecipeError, CalibrationError or DeviceError."""
+    with _with_spool(job) as spooled:
+        return _make_plan(spooled)
+
+
+def _make_plan(job: Job) -> Planned:
     notes: list[str] = []
     graph = _float_graph(job, notes)
     layers, skipped = _choices(job, graph)
     workspace = Workspace(
-        graph, job.target, job.calibration, job.device, job.threads, job.reduce_range, job.listener
+        graph,
+        job.target,
+        job.calibration,
+        job.device,
+        job.threads,
+        job.reduce_range,
+        job.listener,
+        gathering=job.gathering,
+        recorded=job.recorded,
+        record=job.record,
+        spool=job.spool,
     )
     placement = dry_placement(workspace, layers)
     # A model that keeps everything in subgraphs is passed on in float, and says so: pipelines of many models go on.
@@ -81,17 +131,43 @@ def run(job: Job) -> Outcome:
         )
     else:
         _require_layers(job, placement.layers, {**skipped, **placement.skipped})
+    smoothing = _smoothing(job, notes)
+    layers, placement, smoothed = run_smoothing(workspace, smoothing, _names(job, graph), layers, placement)
+    notes += smoothing_notes(smoothed)
     placement, stats = _statistics(job, workspace, placement, layers, notes)
     if not inside:
         _require_layers(job, placement.layers, {**skipped, **placement.skipped})
     plan = quantize.apply(workspace, placement, stats)
+    workspace.memo.clear()  # histograms are no longer needed
+    return Planned(workspace, placement, plan, skipped, notes, inside, smoothed)
+
+
+def _smoothing(job: Job, notes: list[str]) -> list[SmoothingConfig]:
+    steps = [step for step in job.recipe.steps if isinstance(step, SmoothingConfig)]
+    if job.spool is None or all(step.type != "auto_smooth" for step in steps):
+        return steps
+    notes.append(
+        "auto_smooth was left out: it runs the whole model, which is larger than the memory (block-wise); "
+        "name the smoothing in the recipe, as w8a8-smoothquant does"
+    )
+    return [step for step in steps if step.type != "auto_smooth"]
+
+
+def run(job: Job) -> Outcome:
+    """Quantize and verify; raises what `make_plan` raises, and VerificationError."""
+    with _with_spool(job) as spooled:
+        return _run(spooled)
+
+
+def _run(job: Job) -> Outcome:
+    planned = make_plan(job)
+    workspace, placement, plan = planned.workspace, planned.placement, planned.plan
+    graph, skipped, notes = workspace.graph, planned.skipped, planned.notes
     quantized = _rendered(job, workspace, placement, plan)
     plan.skipped = {**skipped, **placement.skipped, **plan.skipped}
-    if not inside:
+    if not planned.inside:
         _require_layers(job, plan.weights, plan.skipped)
     notes += graph.notes + plan.notes
-    workspace.memo.clear()  # histograms are no longer needed
-    del stats
     verification = verify(
         job.source,
         quantized,
@@ -99,9 +175,10 @@ def run(job: Job) -> Outcome:
         threads=job.threads,
         foreign=job.target.bias is BiasForm.FLOAT,
         listener=job.listener,
+        spool=job.spool,
     )
     _require(job, verification)
-    return Outcome(quantized, graph, plan, verification, notes + verification.warnings)
+    return Outcome(quantized, graph, plan, verification, notes + verification.warnings, planned.smoothed)
 
 
 def _require_layers(job: Job, layers: Collection[object], skipped: Mapping[str, str]) -> None:
@@ -120,7 +197,7 @@ def _float_graph(job: Job, notes: list[str]) -> Graph:
         )
     before = Graph(job.source).opset
     model = raise_opset(job.source, _PER_CHANNEL_OPSET)
-    graph = Graph(model)
+    graph = Graph(model, job.spool.keep if job.spool is not None else None)
     if graph.opset != before:
         notes.append(f"opset raised from {before} to {graph.opset}: per-channel weight scales need it")
     folded = {name: n for name, n in optimize(graph).items() if n}
@@ -132,7 +209,7 @@ def _float_graph(job: Job, notes: list[str]) -> Graph:
 def _choices(job: Job, graph: Graph) -> tuple[dict[str, tuple[Linear, LayerChoice]], dict[str, str]]:
     linears, reasons = find_linears(graph)
     given = {n.name for n in job.source.proto.graph.node}
-    named = [Layer(lin.node, lin.op, lin.weight_name, _original(lin.node, given)) for lin in linears]
+    named = list(_names(job, graph).values())
     others = [Layer(name, graph.node(name).op, original=_original(name, given)) for name in reasons]
     resolution = resolve(job.recipe, named, others)
     chosen = {
@@ -143,6 +220,15 @@ def _choices(job: Job, graph: Graph) -> tuple[dict[str, tuple[Linear, LayerChoic
     return chosen, {**reasons, **resolution.skipped}
 
 
+def _names(job: Job, graph: Graph) -> dict[str, Layer]:
+    """What patterns see of each layer, by node name."""
+    given = {n.name for n in job.source.proto.graph.node}
+    return {
+        lin.node: Layer(lin.node, lin.op, lin.weight_name, _original(lin.node, given))
+        for lin in find_linears(graph)[0]
+    }
+
+
 def _original(node: str, given: Collection[str]) -> str:
     """The name in the file of a node that was given a number because others have that name too."""
     base = node.rpartition("#")[0]
@@ -150,7 +236,17 @@ def _original(node: str, given: Collection[str]) -> str:
 
 
 def _choice(config: LayerConfig, target: Target) -> LayerChoice:
+    weight = config.weight
+    form = WeightForm(
+        int_type(weight.dtype), weight.symmetric, weight.per != "tensor", weight.group_size
+    )
+    return LayerChoice(_activation(config, target), form, config.bias_correction, config.rounder.build())
+
+
+def _activation(config: LayerConfig, target: Target) -> StaticActivation | PerTokenActivation | None:
     act = config.act
+    if act is None:
+        return None
     dtype = target.activation if act.dtype == "auto" else int_type(act.dtype)
     symmetric = target.symmetric_activation if act.symmetric == "auto" else bool(act.symmetric)
     if target.symmetric_activation and (not symmetric or dtype is not target.activation):
@@ -158,14 +254,11 @@ def _choice(config: LayerConfig, target: Target) -> LayerChoice:
             f"recipe: steps[{config.step}].act: target '{target.name}' takes symmetric "
             f"{target.activation} activations only; leave dtype and symmetric at auto"
         )
+    if act.per == "token":
+        return PerTokenActivation(dtype)
     method = act.range.build()
-    return LayerChoice(
-        dtype,
-        symmetric,
-        method if method is not None else act.range.type,
-        act.range.type,
-        config.weight.per == "channel",
-        config.bias_correction,
+    return StaticActivation(
+        dtype, symmetric, method if method is not None else act.range.type, act.range.type
     )
 
 

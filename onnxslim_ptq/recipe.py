@@ -4,39 +4,45 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_type_hints
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     TypeAdapter,
     ValidationError,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
 from calib.ranges import RANGES, RangeMethod
 from onnxslim_ptq import recipes
-from onnxslim_ptq.core.match import Layer, Pattern, nearest
+from onnxslim_ptq.core.config import Config, Patterns, problem, show
+from onnxslim_ptq.core.match import Pattern
+from onnxslim_ptq.core.rounding import Rounder
 from onnxslim_ptq.core.targets import TARGETS
 from onnxslim_ptq.errors import RecipeError
-from onnxslim_ptq.recipes.explain import explain, meant, problem, show
+from onnxslim_ptq.recipes.data import SCHEMA as DATA_SCHEMA
+from onnxslim_ptq.recipes.data import DataConfig
+from onnxslim_ptq.recipes.explain import explain, meant
+from onnxslim_ptq.rounders import ROUNDERS
+from onnxslim_ptq.steps import STEPS
+from onnxslim_ptq.steps.smoothing import SmoothingConfig
 
 __all__ = [
     "ActConfig",
-    "LayerConfig",
     "QuantizeStep",
     "RangeConfig",
     "Recipe",
-    "Resolution",
     "RounderConfig",
     "WeightConfig",
     "describe",
     "recipe_names",
-    "resolve",
 ]
 
 # Ranges that the quantize step finds itself; every other one is a method of `calib.ranges`.
@@ -44,19 +50,11 @@ STEP_RANGES = ("auto", "output_mse")
 RANGE_TYPES = (*STEP_RANGES, *RANGES)
 # Accepted values to come, by the end of their key path, so that the error can say so.
 PLANNED: dict[str, tuple[str, ...]] = {
-    "steps.type": ("awq", "gptq", "iter_smooth", "smoothquant"),
-    "rounder.type": ("adaround", "admm", "gptq", "squant", "ssz"),
-    "act.per": ("token",),
-    "act.when": ("dynamic",),
+    "steps.type": ("gptq",),
 }
 
 
-def _pattern(text: str) -> str:
-    try:
-        Pattern.parse(text)
-    except ValueError as error:
-        raise problem(str(error)) from None
-    return text
+NO_KERNEL = "integer kernels take symmetric int8 weights without groups; use act: null for such weights"
 
 
 def _one_of(names: Iterable[str]) -> Callable[[str], str]:
@@ -68,28 +66,65 @@ def _one_of(names: Iterable[str]) -> Callable[[str], str]:
     return check
 
 
-_Patterns = tuple[Annotated[str, AfterValidator(_pattern)], ...]
+def _check_options(kind: str, name: str, method: Any, options: Mapping[str, Any]) -> None:
+    """The options that stand beside a ``type`` are fields of the method's class, of their types, that it accepts."""
+    known = list(inspect.signature(method).parameters) if method else []
+    hints = get_type_hints(method) if method else {}
+    for key, value in options.items():
+        if key not in known:
+            takes = f"takes {', '.join(known)}" if known else "takes no options"
+            raise problem(f"unknown key{meant(key, known)}; {kind} '{name}' {takes}", key)
+        try:
+            TypeAdapter(hints[key]).validate_python(value, strict=True)
+        except ValidationError:
+            wanted = {int: "a whole number", bool: "true or false"}.get(hints[key], "a number")
+            raise problem(f"expected {wanted}, got {show(value)}", key) from None
+    try:
+        if method:
+            method(**options)
+    except ValueError as error:
+        key, _, text = str(error).partition(": ")
+        raise problem(text, key) from None
 
 
-class _Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class RounderConfig(Config):
+    """How weights are rounded; the options of the rounder stand beside ``type``."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: Annotated[str, AfterValidator(_one_of(ROUNDERS))] = Field(examples=list(ROUNDERS))
+
+    def build(self) -> Rounder:
+        return ROUNDERS[self.type](**(self.model_extra or {}))
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> RounderConfig:
+        _check_options("rounder", self.type, ROUNDERS[self.type], self.model_extra or {})
+        return self
 
 
-class RounderConfig(_Config):
-    """How weights are rounded."""
-
-    type: Literal["rtn"]
-
-
-class WeightConfig(_Config):
+class WeightConfig(Config):
     """The integer form of weights."""
 
-    dtype: Literal["int8"] = "int8"
-    per: Literal["channel", "tensor"] = "channel"
-    symmetric: Literal[True] = True
+    dtype: Literal["int8", "int4", "uint4"] = "int8"
+    per: Literal["channel", "tensor", "group"] = "channel"
+    group_size: int | None = Field(None, ge=16)
+    symmetric: bool = True
+
+    @property
+    def fits_integer_kernels(self) -> bool:
+        return self.dtype == "int8" and self.symmetric and self.group_size is None
+
+    @model_validator(mode="after")
+    def _groups_have_a_size(self) -> WeightConfig:
+        if (self.per == "group") != (self.group_size is not None):
+            raise problem("per: group and group_size belong together; give both or neither", "group_size")
+        if self.group_size is not None and self.group_size & (self.group_size - 1):
+            raise problem(f"{self.group_size} is no power of two, as runtimes want it", "group_size")
+        return self
 
 
-class RangeConfig(_Config):
+class RangeConfig(Config):
     """How the range of an activation is found; the options of the method stand beside ``type``."""
 
     model_config = ConfigDict(extra="allow")
@@ -106,54 +141,97 @@ class RangeConfig(_Config):
 
     @model_validator(mode="after")
     def _options_fit(self) -> RangeConfig:
-        method = RANGES.get(self.type)
-        known = list(inspect.signature(method).parameters) if method else []
-        hints = get_type_hints(method) if method else {}
-        for key, value in self.options.items():
-            if key not in known:
-                takes = f"takes {', '.join(known)}" if known else "takes no options"
-                raise problem(f"unknown key{meant(key, known)}; range '{self.type}' {takes}", key)
-            try:
-                TypeAdapter(hints[key]).validate_python(value, strict=True)
-            except ValidationError:
-                kind = "a whole number" if hints[key] is int else "a number"
-                raise problem(f"expected {kind}, got {show(value)}", key) from None
-        try:
-            self.build()
-        except ValueError as error:
-            key, _, text = str(error).partition(": ")
-            raise problem(text, key) from None
+        _check_options("range", self.type, RANGES.get(self.type), self.options)
         return self
 
 
-class ActConfig(_Config):
+class ActConfig(Config):
     """The integer form of activations."""
 
     dtype: Literal["auto", "int8", "uint8"] = "auto"
-    per: Literal["tensor"] = "tensor"
-    when: Literal["static"] = "static"
+    per: Literal["tensor", "token"] = "tensor"
+    when: Literal["static", "dynamic"] = "static"
     symmetric: Literal["auto", True, False] = "auto"
     range: RangeConfig = RangeConfig(type="auto")
 
+    @model_validator(mode="after")
+    def _tokens_are_dynamic(self) -> ActConfig:
+        if (self.per == "token") != (self.when == "dynamic"):
+            raise problem("per: token and when: dynamic belong together; give both or neither", "when")
+        if self.per == "token" and "range" in self.model_fields_set:
+            raise problem("a per-token scale is found while the model runs; leave the range out", "range")
+        return self
 
-class QuantizeStep(_Config):
+
+_QUANTIZE = "quantize"
+
+
+class QuantizeStep(Config):
     """Quantizes the layers it includes; a later step overrides an earlier one per layer and per key given."""
 
-    type: Literal["quantize"]
-    include: _Patterns = Field(("*",), min_length=1)
-    exclude: _Patterns = ()
+    type: Literal["quantize"] = Field(examples=[_QUANTIZE, *STEPS])
+    include: Patterns = Field(("*",), min_length=1)
+    exclude: Patterns = ()
     rounder: RounderConfig = RounderConfig(type="rtn")
     weight: WeightConfig = WeightConfig()
-    act: ActConfig = ActConfig()
+    act: ActConfig | None = ActConfig()
     bias_correction: bool = True
 
+    @property
+    def quant_type(self) -> str:
+        bits = self.weight.dtype.removeprefix("u").removeprefix("int")
+        if self.act is None:
+            return f"W{bits}A16"
+        return f"W{bits}A8_DYNAMIC" if self.act.when == "dynamic" else f"W{bits}A8"
 
-class Recipe(_Config):
+
+def _step_type(step: object) -> str:
+    """Which model a step is read with; one of no known type with the quantize step's, which says so."""
+    kind = step.get("type") if isinstance(step, Mapping) else getattr(step, "type", None)
+    return kind if isinstance(kind, str) and kind in STEPS else _QUANTIZE
+
+
+_STEP_MODELS: dict[str, type[BaseModel]] = {
+    _QUANTIZE: QuantizeStep,
+    **{name: row.config for name, row in STEPS.items()},
+}
+if TYPE_CHECKING:
+    AnyStep = QuantizeStep | SmoothingConfig
+else:
+    AnyStep = Annotated[
+        Union[tuple(Annotated[model, Tag(name)] for name, model in _STEP_MODELS.items())],  # noqa: UP007
+        Discriminator(_step_type),
+    ]
+
+
+class Recipe(Config):
     """Steps in order, for one target. Make it with `Recipe.load`, which raises RecipeError, not pydantic's error."""
 
     version: Literal[1] = 1
     target: Annotated[str, AfterValidator(_one_of(TARGETS))] = "cpu"
-    steps: tuple[QuantizeStep, ...] = Field(min_length=1)
+    data: DataConfig = DataConfig()
+    steps: tuple[AnyStep, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _smoothing_comes_first(self) -> Recipe:
+        first = next((i for i, s in enumerate(self.steps) if isinstance(s, QuantizeStep)), None)
+        if first is None:
+            raise problem("nothing is quantized; end with a step of type quantize", "steps")
+        late = next((i for i, s in enumerate(self.steps) if i > first and s.type in STEPS), None)
+        if late is not None:
+            what = f"{self.steps[late].type} changes the float model, so it comes before every quantize step"
+            raise problem(what, f"steps[{late}].type")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_have_kernels(self) -> Recipe:
+        quantize = [(i, s) for i, s in enumerate(self.steps) if isinstance(s, QuantizeStep)]
+        weight_only = any(s.act is None for _, s in quantize)  # another step may take the activation away
+        for index, step in quantize:
+            act = step.act if "act" in step.model_fields_set or not weight_only else None
+            if act is not None and not step.weight.fits_integer_kernels:
+                raise problem(NO_KERNEL, f"steps[{index}].weight")
+        return self
 
     @classmethod
     def load(cls, source: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
@@ -163,22 +241,42 @@ class Recipe(_Config):
         if isinstance(source, Mapping):
             return cls._of(dict(source), "recipe")
         text, where = recipes.find(source)
-        return cls._of(recipes.parse(text, where), where)
+        folder = None if source in recipe_names() else Path(source).parent
+        return cls._of(recipes.parse(text, where), where, folder)
 
     @classmethod
-    def _of(cls, data: object, where: str) -> Recipe:
+    def _of(cls, data: object, where: str, folder: Path | None = None) -> Recipe:
         try:
-            return cls.model_validate(data)
+            return cls.model_validate(data, context={"folder": folder})
         except ValidationError as error:
             # A misspelt key is also missing, and a bad step leaves too few: name what is there before what is not.
             last = {"missing": 1, "too_short": 2}
             first = min(error.errors(include_url=False), key=lambda found: last.get(found["type"], 0))
-            raise RecipeError(f"{where}: {explain(first, _SCHEMA, PLANNED)}") from None
+            raise RecipeError(f"{where}: {_explain(first)}") from None
+
+    @property
+    def quant_type(self) -> str:
+        """W8A8, W8A8_DYNAMIC (per token), W8A16 or W4A16 (weight-only); <first>_MIX when steps differ."""
+        types = dict.fromkeys(s.quant_type for s in self.steps if isinstance(s, QuantizeStep))
+        first, *others = list(types) or ["W16A16"]
+        return f"{first}_MIX" if others else first
+
+    @property
+    def needs_ranges(self) -> bool:
+        """Whether activations get a range from calibration data."""
+        steps = [s for s in self.steps if isinstance(s, QuantizeStep)]
+        return any(s.act is not None and s.act.when == "static" for s in steps)
 
     def dump(self) -> dict[str, Any]:
         """Plain data that `load` turns into the same recipe: only the keys that were given, for they override."""
-        steps = self.model_dump(mode="json", exclude_unset=True)["steps"]
-        return {"version": self.version, "target": self.target, "steps": steps}
+        given = self.model_dump(mode="json", exclude_unset=True)
+        data = {"data": given["data"]} if given.get("data") else {}
+        return {"version": self.version, "target": self.target, **data, "steps": given["steps"]}
+
+    def with_data(self, **given: object) -> Recipe:
+        """With keys of the data section replaced, as they stand in a recipe; RecipeError on a bad value."""
+        data = self.dump()
+        return Recipe.load({**data, "data": {**data.get("data", {}), **given}})
 
     def with_patterns(self, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Recipe:
         """With patterns added to every quantize step, an include in place of ``*``; RecipeError on a bad one."""
@@ -190,6 +288,8 @@ class Recipe(_Config):
                     raise RecipeError(f"{key}: {error}") from None
         data = self.dump()
         for step, given in zip(self.steps, data["steps"], strict=True):
+            if not isinstance(step, QuantizeStep):
+                continue
             if include:
                 given["include"] = [*(text for text in step.include if text != "*"), *include]
             if exclude:
@@ -205,7 +305,17 @@ _SCHEMA: dict[str, type[BaseModel]] = {
     "weight": WeightConfig,
     "act": ActConfig,
     "range": RangeConfig,
+    **DATA_SCHEMA,
 }
+
+
+def _explain(error: ErrorDetails) -> str:
+    """The error in one line; pydantic's path names the model a step was read with, the user's does not."""
+    path, model = error["loc"], _QUANTIZE
+    if path[:1] == ("steps",) and len(path) > 2:
+        model = str(path[2])
+        error["loc"] = (*path[:2], *path[3:])
+    return explain(error, _SCHEMA | {"steps": _STEP_MODELS[model]}, PLANNED)
 
 
 def recipe_names() -> list[str]:
@@ -218,79 +328,3 @@ def describe(name: str) -> str:
     if name not in recipes.ready_names():
         raise recipes.unknown_name(name)
     return recipes.description(recipes.ready_text(name))
-
-
-@dataclass(frozen=True)
-class LayerConfig:
-    """What all steps together say about one layer; ``step`` is the index of the last one that says something."""
-
-    weight: WeightConfig
-    act: ActConfig
-    rounder: RounderConfig
-    bias_correction: bool
-    step: int
-
-
-@dataclass(frozen=True)
-class Resolution:
-    """By node name: the configuration of each layer to quantize, and the reason for each one that stays float."""
-
-    configs: dict[str, LayerConfig]
-    skipped: dict[str, str]
-
-
-def resolve(recipe: Recipe, layers: Sequence[Layer], others: Sequence[Layer] = ()) -> Resolution:
-    """The configuration of every layer; RecipeError when a pattern (other than ``*``) matches no layer.
-
-    ``others`` are nodes that cannot be quantized anyway: a pattern may match only them.
-    """
-    patterns: list[tuple[list[Pattern], list[Pattern]]] = []
-    for index, step in enumerate(recipe.steps):
-        parsed = []
-        for key, texts in (("include", step.include), ("exclude", step.exclude)):
-            parsed.append([Pattern.parse(text) for text in texts])
-            for pattern in parsed[-1]:
-                if pattern.text != "*" and not any(map(pattern.matches, (*layers, *others))):
-                    raise RecipeError(
-                        f"steps[{index}].{key}: pattern '{pattern.text}' matches no layer; "
-                        + nearest(pattern, layers)
-                    )
-        patterns.append((parsed[0], parsed[1]))
-    merged: dict[tuple[int, ...], LayerConfig] = {}
-    resolution = Resolution({}, {})
-    for layer in layers:
-        steps, reason = [], "not included by any step"
-        for index, (include, exclude) in enumerate(patterns):
-            if any(pattern.matches(layer) for pattern in include):
-                by = next((pattern.text for pattern in exclude if pattern.matches(layer)), None)
-                if by is None:
-                    steps.append(index)
-                else:
-                    reason = f"excluded by pattern '{by}'"
-        if steps:
-            chosen = tuple(steps)
-            if chosen not in merged:
-                merged[chosen] = _merged(recipe, chosen)
-            resolution.configs[layer.node] = merged[chosen]
-        else:
-            resolution.skipped[layer.node] = reason
-    return resolution
-
-
-def _merged(recipe: Recipe, steps: tuple[int, ...]) -> LayerConfig:
-    given: dict[str, Any] = {}
-    for index in steps:
-        given = _override(given, recipe.steps[index].model_dump(exclude_unset=True))
-    step = QuantizeStep.model_validate(given)
-    return LayerConfig(step.weight, step.act, step.rounder, step.bias_correction, steps[-1])
-
-
-def _override(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """``old`` with the keys of ``new``, nested; another ``type`` starts afresh, since options belong to their type."""
-    if new.get("type", old.get("type")) != old.get("type"):
-        return new
-    both = {
-        key: _override(old[key], value) if isinstance(value, dict) and key in old else value
-        for key, value in new.items()
-    }
-    return {**old, **both}

@@ -2,33 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from calib.blockwise import Blockwise, run_blockwise
+from calib.gather import Gathering, gather
+from calib.kept import require_kept
 from calib.model import Model
 from calib.provider import SessionOptions, create_session
-from calib.readers import take
-from calib.runner import Listener, collect, run_session, tap
-from calib.types import Array, Dataset, Probe, Sample, Stats
+from calib.readers import spread
+from calib.runner import Listener, run_session, tap
+from calib.spool import Spool
+from calib.store import Statistics
+from calib.types import Array, Dataset, Feed, Probe, Sample, Stats
 from onnxslim_ptq.core.qmath import sqnr_db
-from onnxslim_ptq.core.spec import QParams, QuantPlan
+from onnxslim_ptq.core.spec import QParams, QuantPlan, WeightCodes
+from onnxslim_ptq.core.spooled import SpooledCodes
 from onnxslim_ptq.core.targets import Target
 from onnxslim_ptq.export.simulation import Simulation, simulate
 from onnxslim_ptq.graph.graph import Graph
 
-__all__ = ["Workspace", "judged_tensors"]
+__all__ = ["Judge", "Workspace", "judged_tensors"]
 
 # Functions that saturate: an output behind one hides errors, so the value before it is judged as well.
 _SATURATING = frozenset({"Softmax", "Sigmoid", "LogSoftmax", "HardSigmoid", "Tanh"})
 _TRANSPARENT = frozenset({"Identity", "Reshape", "Cast", "Squeeze", "Unsqueeze", "Flatten", "Transpose"})
+_AT_ONCE = 1 << 20  # elements compared in float64 at a time
 
 
 @dataclass
 class Workspace:
-    """The state a recipe's steps share."""
+    """The state a recipe's steps share.
+
+    ``gathering`` is how statistics are gathered; ``recorded`` are those of an earlier run, used instead; ``record``
+    takes down what is gathered. With a ``spool`` memory is short: codes lie in files, and the model runs in blocks.
+    """
 
     graph: Graph
     target: Target
@@ -39,6 +50,19 @@ class Workspace:
     listener: Listener | None = None
     memo: dict[tuple[Probe, int], Stats] = field(default_factory=dict)
     version: int = 0
+    gathering: Gathering = field(default_factory=Gathering)
+    recorded: Statistics | None = None
+    record: Statistics | None = None
+    spool: Spool | None = None
+
+    def codes(self) -> dict[str, WeightCodes]:
+        """An empty table for a plan's weight codes."""
+        return {} if self.spool is None else SpooledCodes(self.spool.keep)
+
+    @property
+    def samples(self) -> int:
+        """How many samples the statistics are of: all of ``calibration``, or more when only some of them were kept."""
+        return self.recorded.samples if self.recorded is not None else len(self.calibration)
 
     def model(self) -> Model:
         """The float graph as it is now."""
@@ -47,27 +71,58 @@ class Workspace:
     def changed(self) -> None:
         """To be called after the float graph was edited: statistics gathered before no longer count."""
         self.version += 1
+        self.memo.clear()
 
     def collect(self, probes: Iterable[Probe]) -> dict[Probe, Stats]:
         """The statistics of every probe, from one sweep over what is not known yet."""
         wanted = list(dict.fromkeys(probes))
         missing = [p for p in wanted if (p, self.version) not in self.memo]
         if missing:
-            options = SessionOptions(threads=self.threads)
-            found = collect(
-                self.model(),
-                missing,
-                self.calibration,
-                device=self.device,
-                options=options,
-                listener=self.listener,
-            )
-            self.memo.update({(p, self.version): s for p, s in found.items()})
+            self.memo.update({(p, self.version): s for p, s in self._found(missing).items()})
         return {p: self.memo[p, self.version] for p in wanted}
+
+    def _found(self, probes: Sequence[Probe]) -> Mapping[Probe, Stats]:
+        model = self.model()
+        if self.recorded is not None:
+            return self.recorded.find(model.sha256, probes)
+        found = gather(
+            model,
+            probes,
+            self.calibration,
+            device=self.device,
+            options=SessionOptions(threads=self.threads),
+            listener=self.listener,
+            how=self.gathering,
+        )
+        if self.record is not None:
+            self.record.add(model.sha256, found)
+        return found
+
+    def forget(self, probes: Iterable[Probe]) -> None:
+        """Free statistics that nobody needs again."""
+        for probe in probes:
+            self.memo.pop((probe, self.version), None)
+
+    def part(self, samples: int) -> Workspace:
+        """The same graph with only some of the samples (at most 16), spread over all of them, held in memory."""
+        few = self._few(samples)
+        return replace(
+            self, calibration=few, memo={}, listener=None, gathering=Gathering(), recorded=None, record=None
+        )
 
     def judge(self, plan: QuantPlan, samples: int, exact: Model) -> Judge:
         """A judge of activation numbers for ``plan`` against the outputs of the float model ``exact``."""
-        return Judge(exact, simulate(self.model(), plan), _spread(self.calibration, samples), self.threads)
+        few = self._few(samples)
+        if self.spool is None:
+            return Judge(exact, simulate(self.model(), plan), few, self.threads)
+        simulation = simulate(self.model(), plan, self.spool.keep)
+        blocks = self.gathering.blockwise or Blockwise()
+        return BlockwiseJudge(exact, simulation, few, self.threads, self.spool, blocks.memory)
+
+    def _few(self, samples: int) -> list[Sample]:
+        if self.recorded is not None and not len(self.calibration):
+            require_kept(self.recorded.kept, self.recorded.origin)
+        return list(spread(self.calibration, samples))
 
 
 class Judge:
@@ -79,42 +134,82 @@ class Judge:
         names = list(self._judged)
         options = SessionOptions(threads=threads, simulate=True)
         plain = create_session(tap(model, names).SerializeToString(), model.weights, options=options)
-        self._reference = [self._centred(run_session(plain, names, feed, sample)) for sample, feed in samples]
+        self._reference = [run_session(plain, names, feed, sample) for sample, feed in samples]
         del plain  # its memory serves the simulating session
         simulated = simulation.model
         self._session = create_session(
             tap(simulated, names).SerializeToString(), simulated.weights, options=options
         )
 
-    def score(self, params: Mapping[str, QParams]) -> float:
-        """Mean over the judged tensors of their SQNR in dB (each capped at 100 dB), pooled over the samples."""
+    def score(self, params: Mapping[str, QParams], more: Feed | None = None) -> float:
+        """Mean over the judged tensors of their SQNR in dB (each capped at 100 dB), pooled over the samples.
+
+        ``more`` feeds the other inputs that the simulation was given, where it has some.
+        """
         signal, noise = np.zeros(len(self._judged)), np.zeros(len(self._judged))
-        extra = self._simulation.feed(params)
-        for (sample, feed), exact in zip(self._samples, self._reference, strict=True):
-            seen = self._centred(run_session(self._session, list(self._judged), {**feed, **extra}, sample))
-            for i, (y, z) in enumerate(zip(exact, seen, strict=True)):
-                finite = np.isfinite(y)  # elsewhere the float model itself has no answer
-                y, z = y[finite], z[finite]
-                signal[i] += y @ y
-                noise[i] += (y - z) @ (y - z)
+        extra = {**self._simulation.feed(params), **(more or {})}
+        for exact, seen in zip(self._reference, self._answers(extra), strict=True):
+            for i, (y, z, axis) in enumerate(zip(exact, seen, self._judged.values(), strict=True)):
+                for a, b in _parts(y, z, axis):
+                    finite = np.isfinite(a)  # elsewhere the float model itself has no answer
+                    a, b = a[finite], b[finite]
+                    signal[i] += a @ a
+                    noise[i] += (a - b) @ (a - b)
         scores = [sqnr_db(float(s), float(n)) for s, n in zip(signal, noise, strict=True)]
         known = [-100.0 if np.isnan(s) else min(s, 100.0) for s in scores if s is not None]
         return float(np.mean(known)) if known else 0.0
 
-    def _centred(self, values: list[Array]) -> list[NDArray[np.float64]]:
-        """Float values in float64, those behind a Softmax without their mean, which Softmax does not see."""
-        found = []
-        for value, axis in zip(values, self._judged.values(), strict=True):
-            exact = value.astype(np.float64) if _is_float(value) else np.zeros(0)
+    def _answers(self, extra: Feed) -> Iterator[list[Array]]:
+        for sample, feed in self._samples:
+            yield run_session(self._session, list(self._judged), {**feed, **extra}, sample)
+
+
+class BlockwiseJudge(Judge):
+    """The same scores for a model larger than memory: float and simulated model run block after block."""
+
+    def __init__(
+        self,
+        model: Model,
+        simulation: Simulation,
+        samples: Sequence[Sample],
+        threads: int,
+        spool: Spool,
+        memory: int | None,
+    ) -> None:
+        self._simulation, self._samples = simulation, samples
+        self._judged = judged_tensors(model)
+        self._options, self._spool, self._memory = SessionOptions(threads=threads, simulate=True), spool, memory
+        self._reference = [[spool.keep(v) for v in values] for values in self._run(model, samples)]
+
+    def _answers(self, extra: Feed) -> Iterator[list[Array]]:
+        return self._run(self._simulation.model, [(s, {**feed, **extra}) for s, feed in self._samples])
+
+    def _run(self, model: Model, samples: Sequence[Sample]) -> Iterator[list[Array]]:
+        names = list(self._judged)
+        answers = run_blockwise(
+            model, samples, names, options=self._options, memory=self._memory, folder=self._spool.folder
+        )
+        for _, values in answers:
+            yield [values[n] for n in names]
+
+
+def _parts(
+    exact: object, seen: object, axis: int | None
+) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """Float values in float64, a part at a time; along ``axis``, of a Softmax, without their mean, which it ignores."""
+    if not (isinstance(exact, np.ndarray) and exact.dtype.kind == "f" and exact.size):
+        return  # an output may be of integers, a sequence or a map
+    assert isinstance(seen, np.ndarray)
+    last = exact.ndim - 1 if axis is None else axis
+    width = 1 if axis is None else exact.shape[axis]
+    ys, zs = (np.moveaxis(v, last, -1).reshape(-1, width) if v.ndim else v.reshape(1, 1) for v in (exact, seen))
+    rows = max(_AT_ONCE // width, 1)
+    for start in range(0, len(ys), rows):
+        pair = [v[start : start + rows].astype(np.float64) for v in (ys, zs)]
+        if axis is not None:
             with np.errstate(invalid="ignore"):  # a mean of infinities is NaN, which is passed over
-                found.append(
-                    exact if axis is None or not exact.size else exact - exact.mean(axis=axis, keepdims=True)
-                )
-        return found
-
-
-def _is_float(value: object) -> bool:
-    return isinstance(value, np.ndarray) and value.dtype.kind == "f"  # an output may be a sequence or a map
+                pair = [v - v.mean(axis=1, keepdims=True) for v in pair]
+        yield pair[0].reshape(-1), pair[1].reshape(-1)
 
 
 def judged_tensors(model: Model) -> dict[str, int | None]:
@@ -135,11 +230,3 @@ def judged_tensors(model: Model) -> dict[str, int | None]:
         else:
             judged[output.name] = None
     return judged
-
-
-def _spread(data: Dataset, count: int) -> list[Sample]:
-    total = len(data)
-    if count >= total:
-        return list(take(data, total))
-    positions = {int(i) for i in np.linspace(0, total - 1, count)}
-    return [item for i, item in enumerate(data) if i in positions]

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -19,16 +19,24 @@ import typer
 import yaml
 from pydantic import BaseModel
 
+from calib.preprocess import PRESETS
 from calib.ranges import RANGES
+from calib.readers.feedback import _KEPT_BYTES
+from calib.readers.files import _KINDS
 from calib.readers.limits import DEFAULT_LIMITS
+from calib.readers.tokens import _MAX_FILE
 from onnxslim_ptq import cli
 from onnxslim_ptq.cli import app, main
 from onnxslim_ptq.commands.later import LATER
 from onnxslim_ptq.core.targets import TARGETS, BiasForm
 from onnxslim_ptq.graph.optimize import PASSES
 from onnxslim_ptq.recipe import STEP_RANGES, QuantizeStep, Recipe, recipe_names
+from onnxslim_ptq.recipes.data import DataConfig, PreprocessConfig, TextConfig
+from onnxslim_ptq.rounders import ROUNDERS
+from onnxslim_ptq.steps import STEPS, auto_smooth
 from onnxslim_ptq.steps.quantize import _FEWEST, _MOST
 from onnxslim_ptq.steps.ranges import _COUNTED
+from onnxslim_ptq.steps.smoothing import GroupsConfig
 from tests.test_imports import ORDER
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,8 +46,8 @@ OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 PROGRAM = re.compile(r"^(?:python -m onnxslim_ptq|onnxslim-ptq) (?P<arguments>.*)$")
 TO_COME = "not available yet"
 WRITTEN = [
-    page for page in PAGES if page.name != "benchmarks.md"
-]  # the other one is generated, by another program
+    page for page in PAGES if page.name not in ("benchmarks.md", "benchmarks-calib.md")
+]  # the others are generated, by another program
 
 
 def _name(page: Path) -> str:
@@ -251,8 +259,21 @@ class TestTables:
 
     def test_recipe_keys(self) -> None:
         rows = {row[0].strip("`"): row for row in _table(_text("docs/recipes.md"), "| key |")}
-        keys = {"version", "target", "steps", *(f"steps[].{key}" for key in _keys(QuantizeStep))}
-        assert set(rows) == keys | {"steps[].act.range.…"}
+        keys = {"version", "target", "data", "steps", *(f"steps[].{key}" for key in _keys(QuantizeStep))}
+        assert set(rows) == keys | {"steps[].act.range.…", "steps[].rounder.…"}
+
+    def test_data_keys(self) -> None:
+        text = _text("docs/calibration-data.md")
+        for header, model in (
+            ("| key of `data` |", DataConfig),
+            ("| key of `data.preprocess` |", PreprocessConfig),
+            ("| key of `data.text` |", TextConfig),
+        ):
+            rows = _table(text, header)
+            assert {key for row in rows for key in re.findall(r"`(\w+)`", row[0])} == set(model.model_fields)
+        assert [row[0].strip("`") for row in _table(text, "| preset |")] == list(PRESETS)
+        named = {suffix for row in _table(text, "| path |") for suffix in re.findall(r"`(\.\w+)`", row[0])}
+        assert named == set(_KINDS)
 
     def test_recipe_defaults(self) -> None:
         step = QuantizeStep(type="quantize")
@@ -265,9 +286,31 @@ class TestTables:
                 assert yaml.safe_load(default.strip("`")) == plain, key
 
     def test_ready_recipes(self) -> None:
-        rows = _table(_text("docs/recipes.md"), "| recipe | range")
+        text = _text("docs/recipes.md")
+        rows = _table(text, "| recipe | range")
         listed = {re.findall(r"`([\w-]+)`", row[0])[0]: re.findall(r"`(\w+)`", row[1])[0] for row in rows}
-        assert listed == {name: Recipe.load(name).steps[0].act.range.type for name in recipe_names()}
+        assert listed == {name: Recipe.load(name).steps[-1].act.range.type for name in listed}
+        smoothed = _table(text, "| recipe | smoothing")
+        for row in smoothed:
+            (name,), step = re.findall(r"`([\w-]+)`", row[0]), re.findall(r"`(\w+)`", row[1])[0]
+            assert Recipe.load(name).steps[0].type == step
+        told = re.findall(r"^\| `([\w-]+)`(?:, `(-\w+)`, `(-\w+)`)?", text, re.MULTILINE)
+        names = {n for name, *ends in told for n in (name, *(name.rpartition("-")[0] + e for e in ends if e))}
+        assert set(recipe_names()) <= names
+
+    def test_smoothing_steps(self) -> None:
+        """Every step, with its own keys and their defaults."""
+        rows = {re.findall(r"`(\w+)`", r[0])[0]: r[1] for r in _table(_text("docs/recipes.md"), "| smoothing step")}
+        assert set(rows) == set(STEPS)
+        for name, told in rows.items():
+            fields = {k: f for k, f in STEPS[name].config.model_fields.items() if k != "type"}
+            own = {k for k in fields if k not in GroupsConfig.model_fields}
+            assert own == set(re.findall(r"`(\w+)`", told)) - {"groups"}
+            for key, default in re.findall(r"`(\w+)` (\[.*?\]|[\w.-]+)", told):
+                found = fields[key].default
+                plain = [getattr(v, "value", v) for v in found] if isinstance(found, tuple) else found
+                given = yaml.safe_load(default)
+                assert (float(given) if isinstance(plain, float) else given) == plain, (name, key)
 
     def test_recipe_errors(self) -> None:
         for given, told in _table(_text("docs/recipes.md"), "| recipe | error"):
@@ -275,6 +318,23 @@ class TestTables:
             parts = [re.escape(part) for part in told.strip("`").split("…")]
             with pytest.raises(ValueError, match=".*".join(parts)):
                 Recipe.load({"steps": [step]})
+
+    def test_rounders(self) -> None:
+        """Every rounder with every option and its default."""
+        rows = {row[0].strip("`"): row for row in _table(_text("docs/rounders.md"), "| type | how")}
+        assert set(rows) == set(ROUNDERS)
+        for name, (_, _, data, options) in rows.items():
+            made = ROUNDERS[name]()
+            assert data == ("yes" if made.needs_gram else "no")
+            told = dict(re.findall(r"`(\w+)` ([\w.]+)", options))
+            assert told == {f.name: str(getattr(made, f.name)).lower() for f in dataclasses.fields(made)}, name  # type: ignore[arg-type]
+            for key, low, high in re.findall(r"`(\w+)` \S+ \((\S+) to (\S+)\)", options):
+                kind = type(getattr(made, key))
+                for bound, step in ((kind(float(low)), -1), (kind(float(high)), 1)):
+                    ROUNDERS[name](**{key: bound})
+                    beyond = bound + step if kind is int else float(np.nextafter(bound, step * np.inf))
+                    with pytest.raises(ValueError, match=key):
+                        ROUNDERS[name](**{key: beyond})
 
     def test_ranges(self) -> None:
         """Every method with every option and its default."""
@@ -303,10 +363,18 @@ class TestTables:
         text = " ".join(_text("docs/how-it-works.md").split())
         assert f"about {_COUNTED:.0f} elements" in text
         assert f"on {_FEWEST} to {_MOST} calibration samples" in text
+        assert f"At most {auto_smooth._SAMPLES} of the calibration samples" in text
+        assert f"{auto_smooth._JUDGED} to {auto_smooth._MOST_JUDGED} samples judge" in text
+        gains = (auto_smooth._GAIN_DB, auto_smooth._EXPLICIT_GAIN_DB)
+        assert "unless the gain is {} dB; an explicit Mul has to gain {} dB".format(*gains) in text
         limits = {row[0]: row[1] for row in _table(_text("docs/calibration-data.md"), "| limit |")}
         assert limits["one decoded sample"] == f"{DEFAULT_LIMITS.max_sample_bytes // 2**30} GiB"
         assert limits["samples"] == f"{DEFAULT_LIMITS.max_samples:,}"
         assert limits["arrays in a file"] == str(DEFAULT_LIMITS.max_arrays)
+        assert limits["pixels of an image"] == f"{DEFAULT_LIMITS.max_image_pixels:,}"
+        assert limits["line of text"] == f"{DEFAULT_LIMITS.max_line_bytes // 2**20} MiB"
+        assert limits["tokenizer file"] == f"{_MAX_FILE // 2**20} MiB"
+        assert limits["states kept between passes"].startswith(f"{_KEPT_BYTES // 2**20} MiB")
 
     def test_import_order(self) -> None:
         line = next(b for b in _blocks(_text("docs/design.md"), "text") if "←" in b)
@@ -320,8 +388,9 @@ class TestTables:
 
 def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, info in model.model_fields.items():
-        kind = info.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from _keys(kind, f"{prefix}{name}.")
-        else:
+        kinds = [k for k in (info.annotation, *get_args(info.annotation)) if isinstance(k, type)]
+        models = [k for k in kinds if issubclass(k, BaseModel)]
+        if not models or len(kinds) > 1:  # a model that may be null has a row of its own
             yield prefix + name
+        for model_of_key in models:
+            yield from _keys(model_of_key, f"{prefix}{name}.")

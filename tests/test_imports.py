@@ -23,10 +23,12 @@ ORDER: tuple[frozenset[str], ...] = (
     frozenset({"onnxslim_ptq.export"}),
     frozenset({"onnxslim_ptq.workspace"}),
     frozenset({"onnxslim_ptq.steps"}),
-    frozenset({"onnxslim_ptq.recipe", "onnxslim_ptq.recipes"}),
+    frozenset({"onnxslim_ptq.recipe", "onnxslim_ptq.recipes", "onnxslim_ptq.resolution"}),
+    frozenset({"onnxslim_ptq.samples"}),
+    frozenset({"onnxslim_ptq.asked", "onnxslim_ptq.recorded"}),
     frozenset({"onnxslim_ptq.analysis"}),
     frozenset({"onnxslim_ptq.pipeline"}),
-    frozenset({"onnxslim_ptq.api", "onnxslim_ptq"}),
+    frozenset({"onnxslim_ptq.api", "onnxslim_ptq.calibration", "onnxslim_ptq"}),
     frozenset(
         {
             "onnxslim_ptq.frontends",

@@ -15,9 +15,17 @@ from onnxslim_ptq.errors import QuantizationError, RecipeError, VerificationErro
 from onnxslim_ptq.recipe import Recipe, describe, recipe_names
 from onnxslim_ptq.recipes import MAX_BYTES
 
-READY = [f"w8a8{end}" for end in ("", *(f"-{name}" for name in (
-    "entropy", "histogram", "minmax", "mixed", "mse", "output-mse", "percentile")))]  # fmt: skip
-
+BY_RANGE = [f"w8a8-{name}" for name in (
+    "entropy", "histogram", "minmax", "mixed", "mse", "output-mse", "percentile")]  # fmt: skip
+SMOOTHED = {
+    "w8a8": "auto_smooth",
+    "w8a8-transformer": "auto_smooth",
+    "w8a8-smoothquant": "smoothquant",
+    "w8a8-m3": "awq",
+    "w8a8-m4": "iter_smooth",
+    "w8a8-m6": "flex_smooth",
+}
+READY = recipe_names()
 
 def step(**keys: Any) -> dict[str, Any]:
     return {"type": "quantize", **keys}
@@ -45,13 +53,23 @@ def test_errors_are_of_the_family() -> None:
 
 class TestReady:
     def test_names(self) -> None:
-        assert recipe_names() == READY
+        assert recipe_names()[0] == "w8a8"
+        assert recipe_names()[1:] == sorted(READY[1:])
+        assert {*BY_RANGE, *SMOOTHED} <= set(READY)
+
+    @pytest.mark.parametrize("name", BY_RANGE)
+    def test_ranges(self, name: str) -> None:
+        assert [s.act.range.type for s in Recipe.load(name).steps] == [name[5:].replace("-", "_")]
+
+    @pytest.mark.parametrize("name", SMOOTHED)
+    def test_smoothing(self, name: str) -> None:
+        smooth, last = Recipe.load(name).steps
+        assert smooth.type == SMOOTHED[name]
+        assert last.act.range.type == "auto"
 
     @pytest.mark.parametrize("name", READY)
     def test_every_one_loads_and_is_described(self, name: str) -> None:
         loaded = Recipe.load(name)
-        expected = {"": "auto"}.get(name[4:], name[5:].replace("-", "_"))
-        assert [s.act.range.type for s in loaded.steps] == [expected]
         assert loaded.target == "cpu"
         assert len(describe(name)) > 20
         assert "#" not in describe(name)
@@ -62,7 +80,7 @@ class TestReady:
     def test_unknown_name(self) -> None:
         refused("w8a9", "recipe 'w8a9' is unknown (did you mean 'w8a8'?)", *READY, ".yaml")
         refused("", "recipe '' is unknown")
-        with pytest.raises(RecipeError, match=r"recipe 'none' is unknown; use a .yaml file or one of w8a8, "):
+        with pytest.raises(RecipeError, match=r"recipe 'none' is unknown; use a .yaml file or one of .*w8a8, "):
             describe("none")
 
     def test_a_recipe_is_taken_as_it_is(self) -> None:
@@ -95,8 +113,8 @@ class TestFile:
         assert Recipe.load("./w8a8").target == "generic"
 
     def test_errors_name_the_file_and_the_key(self, tmp_path: Path) -> None:
-        path = self.save(tmp_path, "steps: [{type: quantize, weight: {dtype: int4}}]")
-        refused(path, f"recipe file {path}: steps[0].weight.dtype: got 'int4'; use int8")
+        path = self.save(tmp_path, "steps: [{type: quantize, weight: {dtype: int3}}]")
+        refused(path, f"recipe file {path}: steps[0].weight.dtype: got 'int3'; use int8, int4, uint4")
 
     def test_exponents_without_a_dot_are_numbers(self, tmp_path: Path) -> None:
         text = "steps: [{type: quantize, act: {range: {type: histogram, step: 1e-5}}}]"
@@ -113,8 +131,8 @@ class TestFile:
     @pytest.mark.parametrize(
         ("content", "text"),
         [
-            ("", "expected a mapping with keys version, target, steps, got null"),
-            ("- a", "expected a mapping with keys version, target, steps, got ['a']"),
+            ("", "expected a mapping with keys version, target, data, steps, got null"),
+            ("- a", "expected a mapping with keys version, target, data, steps, got ['a']"),
             ("steps: [", "line 1, column 9: while parsing a flow node, expected the node content"),
             ("a: 1\nsteps: []\na: 2", "line 3, column 1: key 'a' is given twice; keep one"),
             ("a: &x [1]\nb: *x", "line 2, column 6: aliases (*name) are not accepted"),
@@ -143,7 +161,8 @@ class TestSchema:
         first = loaded.steps[0]
         assert (loaded.version, loaded.target) == (1, "cpu")
         assert (first.include, first.exclude, first.rounder.type) == (("*",), (), "rtn")
-        assert first.weight.model_dump() == {"dtype": "int8", "per": "channel", "symmetric": True}
+        weight = {"dtype": "int8", "per": "channel", "group_size": None, "symmetric": True}
+        assert first.weight.model_dump() == weight
         act = {
             "dtype": "auto",
             "per": "tensor",
@@ -166,8 +185,8 @@ class TestSchema:
             ({}, "steps: is missing"),
             ({"steps": []}, "steps: give at least one, got []"),
             ({"steps": "quantize"}, "steps: expected a list, got 'quantize'; write ['quantize']"),
-            ({"stesp": []}, "stesp: unknown key (did you mean 'steps'?); accepted: version, target, steps"),
-            ({"steps": [step()], 1: 2}, "1: unknown key; accepted: version, target, steps"),
+            ({"stesp": []}, "stesp: unknown key (did you mean 'steps'?); accepted: version, target, data, steps"),
+            ({"steps": [step()], 1: 2}, "1: unknown key; accepted: version, target, data, steps"),
             ({"steps": [step()], "version": 2}, "version: got 2; use 1"),
             ({"steps": [step()], "version": "1"}, "version: got '1'; use 1"),
             (
@@ -191,10 +210,8 @@ class TestSchema:
             ("quantize", ": expected a mapping with keys type, include, "),
             ("quantize", "; write {type: quantize}"),
             ({"type": "iter_smooth", "alpha": 0.9},
-             ".type: step type 'iter_smooth' is not available yet; available: quantize"),
-            ({"type": "awq"}, ".type: step type 'awq' is not available yet; available: quantize"),
+             ".type: iter_smooth changes the float model, so it comes before every quantize step"),
             ({"type": "gptq"}, ".type: step type 'gptq' is not available yet"),
-            ({"type": "smoothquant"}, ".type: step type 'smoothquant' is not available yet"),
             ({"type": "quantise"}, ".type: got 'quantise'; use quantize"),
             ({"type": ["quantize"]}, ".type: got ['quantize']; use quantize"),
             (step(includes=["*"]), ".includes: unknown key (did you mean 'include'?); accepted: type, include, "),
@@ -204,20 +221,45 @@ class TestSchema:
             (step(exclude=["a", 3]), ".exclude[1]: expected text, got 3"),
             (step(exclude=["a", ""]), ".exclude[1]: pattern '' is empty; use a glob"),
             (step(include=["re:("]), ".include[0]: pattern 're:(' is not a regular expression: missing )"),
-            (step(rounder={}), ".rounder.type: is missing; use rtn"),
+            (step(rounder={}), ".rounder.type: is missing; use adaround, admm, clip, gptq, rtn, squant, ssz"),
             (step(rounder="rtn"), ".rounder: expected a mapping with keys type, got 'rtn'; write {type: rtn}"),
-            (step(rounder={"type": "gptq"}), ".rounder.type: 'gptq' is not available yet; available: rtn"),
-            (step(rounder={"type": "floor"}), ".rounder.type: got 'floor'; use rtn"),
-            (step(weight={"dtype": "int4"}), ".weight.dtype: got 'int4'; use int8"),
-            (step(weight={"per": "group"}), ".weight.per: got 'group'; use channel, tensor"),
-            (step(weight={"symmetric": False}), ".weight.symmetric: got false; use true"),
-            (step(weight={"axis": 0}), ".weight.axis: unknown key; accepted: dtype, per, symmetric"),
-            (step(weight=None), ".weight: expected a mapping with keys dtype, per, symmetric, got null"),
-            (step(act=None), ".act: expected a mapping with keys dtype, per, when, symmetric, range, got null; "
-             "weight-only quantization is not available yet"),
-            (step(act={"per": "token"}), ".act.per: 'token' is not available yet; available: tensor"),
-            (step(act={"when": "dynamic"}), ".act.when: 'dynamic' is not available yet; available: static"),
-            (step(act={"per": "channel"}), ".act.per: got 'channel'; use tensor"),
+            (
+                step(rounder={"type": "gtpq"}),
+                ".rounder.type: 'gtpq' is unknown (did you mean 'gptq'?); use one of adaround, admm, clip, gptq, rtn, ",
+            ),
+            (
+                step(rounder={"type": "gptq", "blok": 1}),
+                ".rounder.blok: unknown key (did you mean 'block'?); rounder 'gptq' takes block, damping, act_order, ",
+            ),
+            (
+                step(rounder={"type": "rtn", "block": 1}),
+                ".rounder.block: unknown key; rounder 'rtn' takes no options",
+            ),
+            (
+                step(rounder={"type": "gptq", "block": 0}),
+                ".rounder.block: expected a whole number from 1 to 65536, got 0",
+            ),
+            (step(rounder={"type": "gptq", "block": 1.5}), ".rounder.block: expected a whole number, got 1.5"),
+            (step(rounder={"type": "gptq", "act_order": 1}), ".rounder.act_order: expected true or false, got 1"),
+            (
+                step(rounder={"type": "adaround", "damping": "x"}),
+                ".rounder.damping: expected a number, got 'x'",
+            ),
+            (step(weight={"dtype": "int3"}), ".weight.dtype: got 'int3'; use int8, int4, uint4"),
+            (step(weight={"dtype": "int4"}), ".weight: integer kernels take symmetric int8 weights"),
+            (step(weight={"symmetric": False}), "use act: null for such weights"),
+            (step(weight={"per": "block"}), ".weight.per: got 'block'; use channel, tensor, group"),
+            (step(weight={"per": "group"}), ".weight.group_size: per: group and group_size belong together"),
+            (step(weight={"group_size": 32}), ".weight.group_size: per: group and group_size belong together"),
+            (step(weight={"per": "group", "group_size": 48}), ".weight.group_size: 48 is no power of two"),
+            (step(weight={"per": "group", "group_size": 8}), ".weight.group_size: "),
+            (step(weight={"axis": 0}), ".weight.axis: unknown key; accepted: dtype, per, group_size, symmetric"),
+            (step(weight=None), ".weight: expected a mapping with keys dtype, per, group_size, symmetric, got null"),
+            (step(act={"per": "token"}), ".act.when: per: token and when: dynamic belong together"),
+            (step(act={"when": "dynamic"}), ".act.when: per: token and when: dynamic belong together"),
+            (step(act={"per": "token", "when": "dynamic", "range": {"type": "mse"}}),
+             ".act.range: a per-token scale is found while the model runs"),
+            (step(act={"per": "channel"}), ".act.per: got 'channel'; use tensor, token"),
             (step(act={"dtype": "int16"}), ".act.dtype: got 'int16'; use auto, int8, uint8"),
             (step(act={"symmetric": "yes"}), ".act.symmetric: got 'yes'; use auto, true, false"),
             (step(act={"dtype": "x" * 99}), "xxx...; use auto"),
@@ -253,7 +295,7 @@ class TestRange:
         ("given", "text"),
         [
             ("mse", ": expected a mapping with keys type, got 'mse'; write {type: mse}"),
-            ({}, ".type: is missing; use auto, output_mse, ema, entropy, "),
+            ({}, ".type: is missing; use auto, output_mse, easy_quant, ema, entropy, "),
             ({"type": 3}, ".type: expected text, got 3"),
             ({"type": "percentil"}, ".type: 'percentil' is unknown (did you mean 'percentile'?); use one of auto, "),
             ({"type": "percentile", "percentil": 99},

@@ -13,7 +13,8 @@ from calib.ranges import RANGES, Percentile
 from onnxslim_ptq.core.match import Layer
 from onnxslim_ptq.core.targets import TARGETS
 from onnxslim_ptq.errors import RecipeError
-from onnxslim_ptq.recipe import Recipe, resolve
+from onnxslim_ptq.recipe import Recipe
+from onnxslim_ptq.resolution import resolve
 from tests.test_recipe import recipe, step
 
 _ranges = st.one_of(
@@ -27,7 +28,7 @@ _steps = st.fixed_dictionaries(
     optional={
         "include": st.lists(_patterns, min_size=1, max_size=3),
         "exclude": st.lists(_patterns, max_size=3),
-        "rounder": st.just({"type": "rtn"}),
+        "rounder": st.sampled_from([{"type": "rtn"}, {"type": "gptq", "block": 32}, {"type": "squant"}]),
         "weight": st.fixed_dictionaries({}, optional={"per": st.sampled_from(["channel", "tensor"]),
                                                       "dtype": st.just("int8"), "symmetric": st.just(True)}),
         "act": st.fixed_dictionaries({}, optional={"dtype": st.sampled_from(["auto", "int8", "uint8"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from calib.ranges.easy_quant import EasyQuant
 from calib.ranges.ema import Ema
 from calib.ranges.entropy import Entropy
 from calib.ranges.grid import Grid
@@ -17,6 +18,7 @@ from calib.ranges.sigma import Sigma
 
 __all__ = [
     "RANGES",
+    "EasyQuant",
     "Ema",
     "Entropy",
     "Grid",
@@ -33,6 +35,7 @@ __all__ = [
 ]
 
 RANGES: dict[str, type[RangeMethod]] = {
+    "easy_quant": EasyQuant,
     "ema": Ema,
     "entropy": Entropy,
     "histogram": Histogram,

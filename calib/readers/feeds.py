@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from calib.errors import CalibrationError
 from calib.readers.check import check_feed
 from calib.readers.limits import DEFAULT_LIMITS, ReadLimits, check_limit, quoted
+from calib.readers.tags import split_tags
 from calib.types import Array, Dataset, InputInfo, Sample, SampleId
 
 __all__ = ["from_iterable"]
@@ -165,7 +167,10 @@ class _FeedDataset:
         arrays = {str(name): self._array(value, f"{ident}: {name!r}") for name, value in feed.items()}
         nbytes = sum(array.nbytes for array in arrays.values())
         self._limits.check_bytes(nbytes, str(ident), _ONE_PER_SAMPLE)
-        return ident, check_feed(arrays, self._inputs, str(ident), _ONE_PER_SAMPLE)
+        fed, tags = split_tags(arrays, self._inputs, str(ident))
+        if tags:
+            ident = replace(ident, tags={**ident.tags, **tags})
+        return ident, check_feed(fed, self._inputs, str(ident), _ONE_PER_SAMPLE)
 
     @staticmethod
     def _array(value: object, place: str) -> Array:

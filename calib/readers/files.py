@@ -1,25 +1,38 @@
-"""Samples from folders, .npz and .npy files, one in memory at a time."""
+"""The front door to files: lists a path, tells by their names what its files are, opens them as one data set."""
 
 from __future__ import annotations
 
 import os
-from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from calib.errors import CalibrationError
-from calib.readers.archive import is_npz, open_members
-from calib.readers.check import check_feed
+from calib.preprocess import ImagePreprocess
+from calib.readers.arrays import open_arrays
+from calib.readers.images import IMAGE_SUFFIXES, open_images
 from calib.readers.limits import DEFAULT_LIMITS, ReadLimits, check_limit, label
-from calib.readers.npy import read_array, read_end
-from calib.readers.stacked import count_rows, read_rows
-from calib.types import Array, Dataset, Feed, InputInfo, Sample, SampleId
+from calib.readers.mix import chain
+from calib.readers.text import TEXT_SUFFIXES, TextSettings, open_text
+from calib.types import Dataset, InputInfo
 
-__all__ = ["open_data"]
+__all__ = ["HowToRead", "kind_of", "open_data"]
 
-_SUFFIXES = (".npy", ".npz")
-_STACK_CURE = "if the first axis runs over samples, pass --stacked"
+_KINDS = {
+    **dict.fromkeys((".npy", ".npz"), "arrays"),
+    **dict.fromkeys(IMAGE_SUFFIXES, "images"),
+    **dict.fromkeys(TEXT_SUFFIXES, "text"),
+}
+
+
+@dataclass(frozen=True)
+class HowToRead:
+    """What files do not say themselves. ``given``: the fields of ``image`` that the user set himself."""
+
+    stacked: bool = False
+    image: ImagePreprocess | None = None
+    given: frozenset[str] = frozenset()
+    text: TextSettings | None = None
 
 
 def open_data(
@@ -29,42 +42,77 @@ def open_data(
     stacked: bool = False,
     limit: int | None = None,
     limits: ReadLimits = DEFAULT_LIMITS,
+    how: HowToRead | None = None,
+    said: list[str] | None = None,
 ) -> Dataset:
     """Open calibration files as one data set; samples are read and checked when iterated.
 
-    A folder gives one sample per .npz or .npy file, sorted by name; hidden files are ignored. An .npz is one
-    sample, its arrays named like the model's inputs; one array serves a one-input model whatever its name.
-    ``stacked``: the first axis of each array runs over samples, and each sample keeps a leading axis of 1.
-    ``limit`` keeps the first samples only.
+    A folder gives its files sorted by name, all of one kind; hidden files are ignored. An .npz is one sample, its
+    arrays named like the model's inputs; one array serves a one-input model whatever its name. ``stacked``: the
+    first axis of each array runs over samples, and each sample keeps a leading axis of 1. An image is one sample,
+    a line of a .txt or .jsonl file too; ``how`` says what becomes of them, and what was decided is appended to
+    ``said``. ``limit`` keeps the first samples only.
 
     Raises:
         CalibrationError: a path is missing or no sample file, there are no or too many samples, or (on
             iteration) a file is damaged, too large, or does not fit the model's inputs.
     """
     check_limit(limit)
-    sources: list[_Source] = []
+    how = how or HowToRead(stacked)
+    said = said if said is not None else []
+    parts: list[Dataset] = []
     total = 0
-    for path in (file for given in paths for file in _sample_files(Path(given), limits)):
-        source = _Source(path, total, count_rows(path, limits) if stacked else None)
-        sources.append(source)
-        total += source.count
-        if limit is not None and total >= limit:
-            total = limit
+    for kind, files in _groups(paths, limits):
+        left = None if limit is None else limit - total
+        if left == 0:
             break
+        if kind == "arrays":
+            part = open_arrays(files, inputs, how.stacked, left, limits)
+        elif kind == "images":
+            part = open_images(files[:left], inputs, how.image, how.given, limits, said)
+        else:
+            part = open_text(files, inputs, how.text, left, limits, said)
+        parts.append(part)
+        total += len(part)
     where = ", ".join(label(Path(path)) for path in paths) or "--calib"
     limits.check_count(total, where)
     if total == 0:
-        raise CalibrationError(f"{where}: no samples; give a folder of .npz or .npy files, or such a file")
-    return _FileDataset(tuple(sources), tuple(inputs), total, limits)
+        raise CalibrationError(
+            f"{where}: no samples; give a folder of .npz, .npy, image or text files, or such a file"
+        )
+    return chain([part for part in parts if len(part)], limits)
 
 
-def _sample_files(path: Path, limits: ReadLimits) -> list[Path]:
+def _groups(paths: Sequence[Path], limits: ReadLimits) -> list[tuple[str, list[Path]]]:
+    """Files in order, neighbours of one kind together."""
+    groups: list[tuple[str, list[Path]]] = []
+    for given in paths:
+        path = Path(given)
+        files = _listed(path, limits)
+        kinds = {file: _kind(file) for file in files}
+        odd = next((file for file in files if kinds[file] != kinds[files[0]]), None)
+        if odd is not None:
+            raise CalibrationError(
+                f"{label(odd)}: not a sample file like {files[0].name!r} beside it; keep files of one kind "
+                "in a folder, and pass several folders"
+            )
+        if not files:
+            continue
+        kind = kinds[files[0]]
+        if groups and groups[-1][0] == kind:
+            groups[-1][1].extend(files)
+        else:
+            groups.append((kind, files))
+    return groups
+
+
+def _listed(path: Path, limits: ReadLimits) -> list[Path]:
     if not path.exists():
         raise CalibrationError(
             f"{label(path)}: no such file or folder; check the path given to --calib or --eval"
         )
     if not path.is_dir():
-        return [_checked_suffix(path)]
+        return [path]
     names: list[str] = []
     try:
         with os.scandir(path) as entries:
@@ -76,83 +124,21 @@ def _sample_files(path: Path, limits: ReadLimits) -> list[Path]:
         raise CalibrationError(
             f"{label(path)}: cannot be listed ({error.strerror}); check its permissions"
         ) from None
-    return [_checked_suffix(path / name) for name in sorted(names)]
+    return [path / name for name in sorted(names)]
 
 
-def _checked_suffix(path: Path) -> Path:
-    if path.suffix.lower() not in _SUFFIXES or path.is_dir():
-        raise CalibrationError(f"{label(path)}: not a sample file (.npz or .npy); remove or convert it")
-    return path
+def kind_of(path: Path) -> str:
+    """What the files of a path that `open_data` took are: arrays, images or text."""
+    return _kind(next(iter(_listed(path, DEFAULT_LIMITS))))
 
 
-@dataclass(frozen=True)
-class _Source:
-    """A file, the position of its first sample, and how many are stacked in it (None: it is one sample)."""
-
-    path: Path
-    start: int
-    rows: int | None
-
-    @property
-    def count(self) -> int:
-        return 1 if self.rows is None else self.rows
-
-
-@dataclass(frozen=True)
-class _FileDataset:
-    sources: tuple[_Source, ...]
-    inputs: tuple[InputInfo, ...]
-    count: int
-    limits: ReadLimits
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[Sample]:
-        return self.read(range(self.count))
-
-    def read(self, positions: Sequence[int]) -> Iterator[Sample]:
-        """Yield the samples at ascending ``positions``; files without one are not opened."""
-        for source in self.sources:
-            first = bisect_left(positions, source.start)
-            last = bisect_left(positions, source.start + source.count)
-            chosen = positions[first:last]
-            if not chosen:
-                continue
-            if source.rows is None:
-                yield self._sample(SampleId(source.start, source.path.name), source, self._whole(source.path))
-                continue
-            rows = [position - source.start for position in chosen]
-            for row, arrays in zip(rows, read_rows(source.path, rows, self.limits), strict=True):
-                yield self._sample(SampleId(source.start + row, f"{source.path.name}[{row}]"), source, arrays)
-
-    def _whole(self, path: Path) -> dict[str, Array]:
-        with open_members(path, self.limits) as members:
-            nbytes = sum(member.header.nbytes for member in members.values())
-            self.limits.check_bytes(nbytes, label(path), _STACK_CURE + ", else make it smaller")
-            arrays: dict[str, Array] = {}
-            for name, member in members.items():
-                header = member.header
-                shape = header.shape[::-1] if header.fortran else header.shape
-                array = read_array(member.stream, header.dtype, shape, member.where)
-                read_end(member.stream, member.where)
-                arrays[name] = array.T if header.fortran else array
-            return arrays
-
-    def _sample(self, ident: SampleId, source: _Source, arrays: Feed) -> Sample:
-        row = "" if source.rows is None else f"[{ident.index - source.start}]"
-        where = label(source.path) + row
-        if len(self.inputs) == 1 and len(arrays) == 1:
-            arrays = {self.inputs[0].name: next(iter(arrays.values()))}
-        elif not is_npz(source.path):
-            names = ", ".join(repr(info.name) for info in self.inputs) or "none"
-            raise CalibrationError(
-                f"{where}: an .npy holds one array, but the model's inputs are {names}; "
-                "save an .npz with an array of each name"
-            )
-        cure = (
-            _STACK_CURE
-            if source.rows is None
-            else "the model's first dimension is fixed, stack whole inputs as files"
+def _kind(path: Path) -> str:
+    kind = _KINDS.get(path.suffix.lower())
+    if path.is_dir():
+        raise CalibrationError(f"{label(path)}: is a folder in a folder; pass it as a path of its own")
+    if kind is None:
+        raise CalibrationError(
+            f"{label(path)}: not a sample file (.npz or .npy, {', '.join(IMAGE_SUFFIXES)}, "
+            f"{' or '.join(TEXT_SUFFIXES)}); remove or convert it"
         )
-        return ident, check_feed(arrays, self.inputs, where, cure)
+    return kind

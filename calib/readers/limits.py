@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from calib.errors import CalibrationError
 
-__all__ = ["DEFAULT_LIMITS", "ReadLimits", "check_limit", "label", "quoted", "size_text"]
+__all__ = ["DEFAULT_LIMITS", "ReadLimits", "check_limit", "label", "place_of", "quoted", "size_text"]
 
 
 @dataclass(frozen=True)
 class ReadLimits:
-    """Upper bounds of reading: bytes of one decoded sample, samples in total, arrays in one file."""
+    """Upper bounds of reading: bytes of one decoded sample, samples in total, arrays in one file, and more by name.
+
+    ``max_image_pixels`` is what Pillow warns from; ``max_line_bytes`` bounds a line of text.
+    """
 
     max_sample_bytes: int = 2 * 1024**3
     max_samples: int = 1_000_000
     max_arrays: int = 1024
+    max_image_pixels: int = 89_478_485
+    max_line_bytes: int = 4 * 1024**2
 
     def check_bytes(self, nbytes: int, where: str, cure: str) -> None:
         """Refuse a sample of ``nbytes`` before any of it is allocated.
@@ -61,6 +66,11 @@ def label(path: Path) -> str:
     """The path as text that stays on one line, whatever characters the file name holds."""
     text = str(path)
     return text if text.isprintable() else ascii(text)
+
+
+def place_of(files: Sequence[Path]) -> str:
+    """Where files lie, without what differs between machines: the name of the only file, or of the first's folder."""
+    return label(Path(files[0].name if len(files) == 1 else files[0].absolute().parent.name))
 
 
 def quoted(names: Iterable[str]) -> str:

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
+
+import numpy as np
 
 from calib.errors import CalibrationError
+from calib.readers.access import read_at
 from calib.types import Dataset, Sample
 
-__all__ = ["MeasuredOn", "Selectable", "split_held_out", "take"]
+__all__ = ["JUDGED", "MeasuredOn", "split_held_out", "spread", "subset", "take"]
 
 MeasuredOn = Literal["held-out", "calibration"]
 
 _EVERY = 8
 _MOST_HELD_OUT = 16
-
-
-@runtime_checkable
-class Selectable(Protocol):
-    """A data set that can skip samples without decoding them."""
-
-    def read(self, positions: Sequence[int]) -> Iterator[Sample]:
-        """Yield the samples at the ascending ``positions``."""
+JUDGED = 16  # samples that anything but a statistic may look at
 
 
 @dataclass(frozen=True)
@@ -39,18 +35,8 @@ class _Subset:
         return self.read(range(len(self.positions)))
 
     def read(self, positions: Sequence[int]) -> Iterator[Sample]:
-        wanted = [self.positions[position] for position in positions]
-        if isinstance(self.base, Selectable):
-            yield from self.base.read(wanted)
-            return
-        if not wanted:
-            return
-        chosen = set(wanted)
-        for position, sample in enumerate(self.base):
-            if position in chosen:
-                yield sample
-            if position >= wanted[-1]:
-                return
+        """Yield the samples at ascending ``positions``."""
+        yield from read_at(self.base, [self.positions[position] for position in positions])
 
 
 def take(data: Dataset, n: int) -> Dataset:
@@ -62,6 +48,23 @@ def take(data: Dataset, n: int) -> Dataset:
     if n < 1:
         raise CalibrationError(f"--samples {n}: must be at least 1")
     return data if n >= len(data) else _Subset(data, range(n))
+
+
+def subset(data: Dataset, positions: Sequence[int]) -> Dataset:
+    """The samples of ``data`` at ascending ``positions``; they keep the ids they have in ``data``."""
+    return _Subset(data, positions)
+
+
+def spread(data: Dataset, count: int) -> Dataset:
+    """At most ``count`` samples, chosen from at most `JUDGED` that are spread over all of ``data``.
+
+    The choice among those is the same whether ``data`` is everything or only those: they can be kept in its place.
+    """
+    total = len(data)
+    pool = np.linspace(0, total - 1, JUDGED).astype(int) if total > JUDGED else np.arange(total)
+    if count < len(pool):
+        pool = pool[np.linspace(0, len(pool) - 1, count).astype(int)]
+    return _Subset(data, pool.tolist())
 
 
 def split_held_out(data: Dataset) -> tuple[Dataset, Dataset, MeasuredOn]:

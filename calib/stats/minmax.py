@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isfinite
 
 import numpy as np
 
@@ -45,11 +46,15 @@ class MinMaxStats:
         if x.size == 0:
             return
         # One pass each for min and max; NaN and Inf both surface in them, so a clean tensor needs no other look.
-        lo, hi = float(np.min(x)), float(np.max(x))
-        if np.isfinite(lo) and np.isfinite(hi):
-            self.count += x.size
+        lo, hi = float(x.min()), float(x.max())
+        if isfinite(lo) and isfinite(hi):
+            self.note(lo, hi, x.size)
         else:
-            lo, hi = self._look_closer(x, sample)
+            self.note(*self._look_closer(x, sample), 0)
+
+    def note(self, lo: float, hi: float, count: int) -> None:
+        """Take in ``count`` finite values of which only the smallest and the largest are known."""
+        self.count += count
         # Which zero a minimum returns depends on the order; adding zero turns -0.0 into 0.0.
         self.lo, self.hi = min(self.lo, lo + 0.0), max(self.hi, hi + 0.0)
 

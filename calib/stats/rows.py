@@ -3,53 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from calib.errors import CalibrationError
 from calib.stats.options import options_of
+from calib.stats.patch import PATCH_OPTIONS, Patch
 from calib.types import Array, Probe, SampleId, Stats
 
-__all__ = ["Patch", "RowStats"]
+__all__ = ["RowStats"]
 
-_SPATIAL = 3  # Conv1d to Conv3d
 _SEED = 0x5EED
-
-
-@dataclass(frozen=True)
-class Patch:
-    """The window of a convolution, one entry per spatial axis (outermost first); empty for MatMul and Gemm."""
-
-    kernel: tuple[int, ...] = ()
-    strides: tuple[int, ...] = ()
-    dilations: tuple[int, ...] = ()
-    begin: tuple[int, ...] = ()
-    end: tuple[int, ...] = ()
-
-    def options(self) -> tuple[tuple[str, float], ...]:
-        """The window as probe options ``k0, s0, d0, b0, e0, k1, …``."""
-        axes = zip(self.kernel, self.strides, self.dilations, self.begin, self.end, strict=True)
-        return tuple(
-            (f"{key}{i}", float(v))
-            for i, values in enumerate(axes)
-            for key, v in zip("ksdbe", values, strict=True)
-        )
-
-    @classmethod
-    def from_options(cls, options: Mapping[str, float]) -> Patch:
-        """The inverse of `options`; a kernel of 0 means "no such axis"."""
-        rank = sum(1 for i in range(_SPATIAL) if options.get(f"k{i}", 0) > 0)
-        return cls(*(tuple(int(options[f"{key}{i}"]) for i in range(rank)) for key in "ksdbe"))
-
-    def places(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
-        """How many windows fit along each spatial axis."""
-        axes = zip(sizes, self.kernel, self.strides, self.dilations, self.begin, self.end, strict=True)
-        return tuple(max(0, (n + b + e - d * (k - 1) - 1) // s + 1) for n, k, s, d, b, e in axes)
-
-
-_DEFAULTS = {"rows": 256.0, "each": 8.0} | {f"{key}{i}": 0.0 for i in range(_SPATIAL) for key in "ksdbe"}
+_DEFAULTS = {"rows": 256.0, "each": 8.0, **PATCH_OPTIONS}
 
 
 class RowStats:
@@ -92,23 +58,9 @@ class RowStats:
         places = self.patch.places(sizes)
         if len(sizes) != len(self.patch.kernel) or not all(places):
             return []
-        return [
-            self._patch(x[draw.integers(len(x))], [int(draw.integers(n)) for n in places])
-            for _ in range(self.each)
-        ]
-
-    def _patch(self, image: Array, place: list[int]) -> NDArray[np.float32]:
-        p = self.patch
-        where = [
-            i * s - b + np.arange(k) * d
-            for i, k, s, d, b in zip(place, p.kernel, p.strides, p.dilations, p.begin, strict=True)
-        ]
-        inside = [(w >= 0) & (w < n) for w, n in zip(where, image.shape[1:], strict=True)]
-        window = np.zeros((image.shape[0], *p.kernel), np.float32)
-        channels = np.arange(image.shape[0])
-        source = np.ix_(channels, *[w[ok] for w, ok in zip(where, inside, strict=True)])
-        window[np.ix_(channels, *[np.flatnonzero(ok) for ok in inside])] = image[source]
-        return window.reshape(-1)
+        drawn = [(draw.integers(len(x)), *(int(draw.integers(n)) for n in places)) for _ in range(self.each)]
+        image, *where = np.asarray(drawn, np.int64).T
+        return list(np.asarray(self.patch.take(x, image, np.stack(where, axis=1)), np.float32))
 
     def _keep(self, priority: NDArray[np.float64], rows: list[NDArray[np.float32]]) -> None:
         everything = np.concatenate([self.priority, priority])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
@@ -17,16 +18,19 @@ from calib.errors import QuantizationError
 from calib.model import Model, open_model
 from calib.tensors import nested_tensors
 from onnxslim_ptq.export.check import source_files
+from onnxslim_ptq.export.description import FORMAT
 from onnxslim_ptq.graph.convert import subgraphs
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.linears import Linear, find_linears
 from onnxslim_ptq.graph.opset import raise_opset
 from onnxslim_ptq.graph.optimize import optimize
 from onnxslim_ptq.graph.precision import already_quantized
+from onnxslim_ptq.graph.smooth_groups import find_groups
 
-__all__ = ["Inspection", "Layer", "inspect_model", "module_name"]
+__all__ = ["Group", "Inspection", "Layer", "inspect_model", "module_name"]
 
 _PER_CHANNEL_OPSET = 13
+_MAX_JSON = 256 * 1024**2
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
 _SUFFIX = re.compile(r"[._/](weight|kernel|w)(_\d+)?$", re.IGNORECASE)
 _MADE_UP = re.compile(r"(onnx::|const_fold_opt|\d+$|_v_\d+)|^[A-Za-z]+_\d+$")
@@ -42,6 +46,20 @@ class Layer:
     module: str
     shape: list[int]
     channels: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that share a smoothing scale; ``source`` absorbs it, or is the value an explicit Mul would follow."""
+
+    kind: str
+    source: str
+    tensor: str
+    layers: list[str]
+    channels: int
+    scales: int
+    shiftable: bool
+    reason: str
 
 
 @dataclass
@@ -66,14 +84,16 @@ class Inspection:
     layers: list[Layer] = field(default_factory=list)
     not_quantizable: dict[str, str] = field(default_factory=dict)
     shared_weights: dict[str, list[str]] = field(default_factory=dict)
+    calibration: dict[str, Any] | None = None
+    groups: list[Group] | None = None
     notes: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def inspect_model(path: Path) -> Inspection:
-    """Open ``path`` and describe it; GraphError only when it is no model that can be opened.
+def inspect_model(path: Path, groups: bool = False) -> Inspection:
+    """Open ``path`` and describe it, smoothing groups on request; GraphError only when it cannot be opened.
 
     Layers are those ``quantize`` would see: after the opset is raised and the float graph simplified. When that fails
     on an odd model, a note says so and the graph is described as it is in the file.
@@ -99,14 +119,32 @@ def inspect_model(path: Path) -> Inspection:
         subgraphs=list(_with_subgraphs(proto.graph.node)),
         functions=[f.name for f in proto.functions],
     )
-    _describe_layers(found, model)
+    if integer:
+        found.calibration = _calibration(path)
+    _describe_layers(found, model, groups)
     return found
 
 
-def _describe_layers(found: Inspection, model: Model) -> None:
+def _calibration(path: Path) -> dict[str, Any] | None:
+    """What the weights JSON beside a quantized model says of its calibration, when there is one."""
+    beside = path.with_suffix(".json")
+    try:
+        if not beside.is_file() or beside.stat().st_size > _MAX_JSON:
+            return None
+        document = json.loads(beside.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        return None
+    found = document.get("calibration")
+    return found if isinstance(found, dict) else None
+
+
+def _describe_layers(found: Inspection, model: Model, groups: bool) -> None:
     try:
         graph = _simplified(found, model)
         linears, found.not_quantizable = find_linears(graph)
+        found.groups = _groups(graph) if groups else None
     except (
         Exception
     ) as error:  # a model may be odd in ways nobody thought of; the rest of the answer still serves
@@ -134,6 +172,22 @@ def _simplified(found: Inspection, model: Model) -> Graph:
             + ", ".join(f"{n} {name}" for name, n in folded.items())
         )
     return graph
+
+
+def _groups(graph: Graph) -> list[Group]:
+    return [
+        Group(
+            group.kind.value,
+            group.name,
+            group.tensor,
+            [layer.node for layer in group.consumers],
+            group.channels,
+            group.scales,
+            group.shiftable,
+            group.reason,
+        )
+        for group in find_groups(graph)
+    ]
 
 
 def _layer(graph: Graph, linear: Linear) -> Layer:

@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from calib.types import Array
 from onnxslim_ptq.core.qmath import sqnr_db
 
+_AT_ONCE = 1 << 20  # elements: logits of a language model are large, and are compared in float64
 __all__ = ["Output", "OutputError", "leaves", "worst_sqnr"]
 
 Output = Any  # an array, a list or dict of outputs (sequence and map types), or a number in one
@@ -65,14 +67,18 @@ class OutputError:
             self.is_float = False
             self.equal += int(np.count_nonzero(exact == seen))
             return
-        y, z = exact.astype(np.float64), seen.astype(np.float64)
-        known = np.isfinite(y)
-        if not np.isfinite(z[known]).all():
-            self.faults.append(
-                f"{sample}: output '{self.name}' has NaN or Inf where the float model has none"
-            )
-            return
-        y, z = y[known], z[known]
+        for start in range(0, exact.size, _AT_ONCE):
+            part = slice(start, start + _AT_ONCE)
+            y, z = (v.reshape(-1)[part].astype(np.float64) for v in (exact, seen))
+            known = np.isfinite(y)
+            if not np.isfinite(z[known]).all():
+                self.faults.append(
+                    f"{sample}: output '{self.name}' has NaN or Inf where the float model has none"
+                )
+                return
+            self._pool(y[known], z[known])
+
+    def _pool(self, y: NDArray[np.float64], z: NDArray[np.float64]) -> None:
         self.signal += float(y @ y)
         self.seen += float(z @ z)
         self.product += float(y @ z)

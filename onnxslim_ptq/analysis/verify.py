@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import onnx
 
+from calib.blockwise import run_blockwise
 from calib.errors import CalibrationError, GraphError
 from calib.model import Model
-from calib.provider import Optimize, SessionOptions, create_session
+from calib.provider import Optimize, SessionOptions
 from calib.runner import Listener, Progress, run_session
-from calib.types import Array, Dataset, Feed, Sample
+from calib.spool import Spool
+from calib.types import Array, Dataset, Feed, Sample, SampleId
 from onnxslim_ptq.analysis.metrics import OutputError, worst_sqnr
 from onnxslim_ptq.errors import VerificationError
+from onnxslim_ptq.export.mapped import session_of
 
 __all__ = ["Verification", "compare_outputs", "verify"]
 
@@ -45,10 +48,12 @@ def verify(
     threads: int = 0,
     foreign: bool = False,
     listener: Listener | None = None,
+    spool: Spool | None = None,
 ) -> Verification:
     """Compare on every sample of ``data``; VerificationError when the model does not load or answers NaN or Inf.
 
     ``foreign``: the model is meant for another runtime, so ONNX Runtime must not quantize its float biases by itself.
+    With a ``spool`` memory is short: the float model runs block by block, the quantized one with its weights on disk.
     """
     names = [o.name for o in source.proto.graph.output]
     missing = [n for n in names if n not in {o.name for o in quantized.proto.graph.output}]
@@ -60,9 +65,9 @@ def verify(
     first: tuple[Feed, list[Array]] | None = None
     total, few_fast, few_plain = ([OutputError(n) for n in names] for _ in range(3))
     again: list[tuple[Sample, list[Array]]] = []
-    exact, fast = _session(_with_node_names(source), options), _loaded(quantized, options)
-    for count, (sample, feed) in enumerate(data, 1):
-        expected = run_session(exact, names, feed, sample)
+    exact, fast = _exact(_with_node_names(source), data, options, spool), None
+    for count, (sample, feed, expected) in enumerate(exact, 1):
+        fast = fast or _loaded(quantized, options, spool)  # not before: block-wise, the float model is through by now
         answers = _answer(fast, names, (sample, feed))
         _add(total, expected, answers, str(sample))
         first = first or (feed, answers)
@@ -74,9 +79,10 @@ def verify(
     if first is None:
         raise CalibrationError("there is no sample to verify the result on; give at least one")
     del exact, fast  # the unoptimized session needs the room: it keeps every value of the graph
-    plain = _loaded(quantized, replace(options, optimize=Optimize.OFF))
-    for item, expected in again:
-        _add(few_plain, expected, _answer(plain, names, item), str(item[0]))
+    items = [item for item, _ in again]
+    plain = _plain(quantized, names, items, replace(options, optimize=Optimize.OFF), spool)
+    for (item, expected), answers in zip(again, plain, strict=True):
+        _add(few_plain, expected, answers, str(item[0]))
     faults = [f for e in (*total, *few_plain) for f in e.faults]
     if faults:
         raise VerificationError(
@@ -112,13 +118,42 @@ def _with_node_names(model: Model) -> Model:
     return replace(model, proto=proto)
 
 
-def _session(model: Model, options: SessionOptions) -> Any:
-    return create_session(model.proto.SerializeToString(), model.weights, options=options)
+def _exact(
+    model: Model, data: Dataset, options: SessionOptions, spool: Spool | None
+) -> Iterator[tuple[SampleId, Feed, list[Any]]]:
+    """Every sample with the float model's answers."""
+    names = [o.name for o in model.proto.graph.output]
+    if spool is None:
+        session = session_of(model, options, None)
+        for sample, feed in data:
+            yield sample, feed, run_session(session, names, feed, sample)
+    else:
+        blocks = run_blockwise(model, data, names, options=options, folder=spool.folder)
+        for (sample, feed), (_, values) in zip(data, blocks, strict=True):
+            yield sample, feed, [values[n] for n in names]
 
 
-def _loaded(model: Model, options: SessionOptions) -> Any:
+def _plain(
+    model: Model, names: Sequence[str], items: Sequence[Sample], options: SessionOptions, spool: Spool | None
+) -> Iterator[list[Any]]:
+    """The quantized model's answers without optimizations: weights become float, so in blocks where memory is short."""
+    if spool is None:
+        session = _loaded(model, options, None)
+        for item in items:
+            yield _answer(session, names, item)
+        return
     try:
-        return _session(model, options)
+        for _, values in run_blockwise(model, items, names, options=options, folder=spool.folder):
+            yield [values[n] for n in names]
+    except (GraphError, CalibrationError) as error:
+        raise VerificationError(
+            f"the quantized model fails without optimizations: {error}; exclude the node it names"
+        ) from None
+
+
+def _loaded(model: Model, options: SessionOptions, spool: Spool | None) -> Any:
+    try:
+        return session_of(model, options, spool)
     except GraphError as error:
         raise VerificationError(
             f"the quantized model does not load: {error}; exclude the node it names and report this "

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from onnxslim_ptq.commands.console import Bars, columns, db, emit_json, say, warn
-from onnxslim_ptq.commands.options import Calib, Json, Samples, Stacked, Threads, Verbose
+from onnxslim_ptq.commands.options import (
+    Calib,
+    Json,
+    Preprocess,
+    Samples,
+    Stacked,
+    Threads,
+    Tokenizer,
+    Verbose,
+)
 from onnxslim_ptq.errors import QuantizationError
 
 if TYPE_CHECKING:
@@ -31,6 +40,15 @@ Eval = Annotated[
         help="Samples to measure on, instead of some of --calib.",
     ),
 ]
+Recipe = Annotated[
+    str,
+    typer.Option(
+        "--recipe",
+        metavar="NAME|FILE",
+        show_default=False,
+        help="Whose data section tells how to read samples.",
+    ),
+]
 
 
 def compare(
@@ -40,6 +58,9 @@ def compare(
     evaluation: Eval = None,
     samples: Samples = None,
     stacked: Stacked = False,
+    recipe: Recipe = "w8a8",
+    preprocess: Preprocess = None,
+    tokenizer: Tokenizer = None,
     threads: Threads = 0,
     json: Json = False,
     verbose: Verbose = False,
@@ -48,14 +69,19 @@ def compare(
 
     Measures on --eval, or on the samples of --calib that quantize holds out.
     """
-    if not calib and not evaluation:
+    from onnxslim_ptq.commands.samples import with_data
+
+    data_section = with_data(recipe, preprocess, tokenizer).data
+    if not calib and not evaluation and not data_section.sets:
         raise QuantizationError("compare needs samples; give the --calib that quantize got, or --eval")
     from calib.model import open_model
     from onnxslim_ptq.analysis.compare import compare_models
-    from onnxslim_ptq.commands.samples import measured_samples
+    from onnxslim_ptq.samples import measured_samples
 
     source, result = open_model(exact), open_model(quantized)
-    data, measured_on = measured_samples(source.inputs(), calib or [], evaluation, samples, stacked)
+    data, measured_on = measured_samples(
+        source, data_section, calib or None, evaluation, samples=samples, stacked=stacked
+    )
     with Bars(json) as bars:
         found = compare_models(source, result, data, threads=threads, listener=bars)
     if json:

@@ -127,19 +127,28 @@ class Bars:
     def __enter__(self) -> Bars:
         if self._shown:
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+            )
             from rich.progress import Progress as RichProgress
 
             self._progress = RichProgress(
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
                 TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
                 console=Console(stderr=True),
                 transient=True,
             )
             self._progress.start()
-            self._task = self._progress.add_task("preparing", total=None)
+            self._task = self._progress.add_task("preparing", total=None, rate="")
         return self
 
     def __call__(self, event: Progress) -> None:
@@ -149,10 +158,20 @@ class Bars:
             self._what = event.what
             self._progress.reset(self._task)
         finished = event.done >= event.total
-        self._progress.update(self._task, description=event.what, completed=event.done, total=event.total)
+        self._progress.update(
+            self._task,
+            description=event.what,
+            completed=event.done,
+            total=event.total,
+            rate=self._rate(event),
+        )
         if finished:  # what comes next (choosing ranges, writing) has no length that is known
             self._what = ""
-            self._progress.reset(self._task, total=None, description="computing")
+            self._progress.reset(self._task, total=None, description="computing", rate="")
+
+    def _rate(self, event: Progress) -> str:
+        rate = event.rate or next(t.speed for t in self._progress.tasks if t.id == self._task)
+        return f"{rate:.1f}/s" if rate else ""
 
     def __exit__(self, *raised: object) -> None:
         if self._progress is not None:

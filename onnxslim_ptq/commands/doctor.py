@@ -14,7 +14,7 @@ _UNUSABLE = 4
 
 def doctor(json: Json = False) -> None:
     """Show which providers really work here and why others do not, and what the processor offers for int8."""
-    from onnxslim_ptq.doctor import collect_facts, diagnose, usable
+    from onnxslim_ptq.doctor import collect_facts, devices, diagnose, usable
 
     facts = collect_facts()
     works = usable(facts)
@@ -32,11 +32,8 @@ def doctor(json: Json = False) -> None:
             f"processor: int8 instructions {', '.join(facts.int8_features) or 'not reported'}; 7-bit weights "
             f"(--reduce-range auto) {'on: its 8-bit products saturate' if facts.reduce_range else 'off'}"
         )
-        say(
-            "devices: --device cpu "
-            + ("works" if works else "does not work")
-            + "; calibration on npu and cuda is not available yet in this version"
-        )
+        for kind, reason in devices(facts).items():
+            say(f"--device {kind} " + (f"does not work: {reason}" if reason else "works"))
         for problem in diagnose(facts):
             say(f"problem: {problem}")
     if not works:

@@ -10,7 +10,6 @@ from typing import Any
 
 from calib.model import open_model
 from calib.provider import require_device
-from onnxslim_ptq.api import QUANT_TYPE, _Data
 from onnxslim_ptq.commands.console import emit_json, say, size
 from onnxslim_ptq.commands.summary import cpu_line, float_lines, reduced
 from onnxslim_ptq.core.targets import TARGETS
@@ -19,6 +18,8 @@ from onnxslim_ptq.export.check import source_files
 from onnxslim_ptq.export.files import AtomicFiles, output_paths
 from onnxslim_ptq.pipeline import Job, _choices, _float_graph
 from onnxslim_ptq.recipe import Recipe
+from onnxslim_ptq.recorded import recorded_samples
+from onnxslim_ptq.samples import open_samples
 from onnxslim_ptq.steps.fusing import dry_placement
 from onnxslim_ptq.steps.placement import Placement
 from onnxslim_ptq.workspace import Workspace
@@ -33,6 +34,7 @@ class _Plan:
     skipped: Mapping[str, str]
     notes: list[str]
     measured_on: str
+    samples: int
 
 
 def show_plan(
@@ -40,7 +42,7 @@ def show_plan(
 ) -> None:
     """Print which layers would be quantized, which stay float and why, and the files that would be written."""
     plan = _plan(model, settings)
-    paths = output_paths(out, model.stem, QUANT_TYPE)
+    paths = output_paths(out, model.stem, plan.job.recipe.quant_type)
     with AtomicFiles(paths, source_files(model)):
         pass  # OUT can be written and is no input
     large = external or plan.job.source.nbytes > 2**31
@@ -54,7 +56,7 @@ def show_plan(
                 "device": plan.job.device,
                 "files": [str(p) for p in files],
                 "layers": {"quantized": list(plan.placement.layers), "float": plan.skipped},
-                "calibration_samples": len(plan.job.calibration),
+                "calibration_samples": plan.samples,
                 "evaluation_samples": len(plan.job.evaluation),
                 "measured_on": plan.measured_on,
                 "reduce_range": reduce_range,
@@ -79,16 +81,13 @@ def _plan(model: Path, settings: Mapping[str, Any]) -> _Plan:
         )
     require_device(settings["device"])
     source = open_model(model)
-    data = _Data(
-        source,
-        settings["calib_data"],
-        settings["eval_data"],
-        settings["samples"],
-        settings["stacked"],
-        settings["shapes"],
-        settings["ranges"],
-        settings["seed"],
-    )
+    section, calib, measured = (recipe.data, settings["calib_data"], settings["eval_data"])
+    same = {name: settings[name] for name in ("samples", "stacked", "threads")}
+    drawn = {name: settings[name] for name in ("shapes", "ranges", "seed")}
+    if settings["stats"] is not None:
+        data = recorded_samples(source, settings["stats"], section, calib, measured, **same)
+    else:
+        data = open_samples(source, section, calib, measured, **same, **drawn)
     job = Job(
         source,
         recipe,
@@ -99,12 +98,14 @@ def _plan(model: Path, settings: Mapping[str, Any]) -> _Plan:
         settings["threads"],
         allow_quantized=settings["allow_quantized"],
     )
-    notes: list[str] = []
+    notes = data.notes
     graph = _float_graph(job, notes)
     layers, skipped = _choices(job, graph)
     workspace = Workspace(graph, target, job.calibration, job.device, job.threads)
     placement = dry_placement(workspace, layers)
-    return _Plan(job, placement, {**skipped, **placement.skipped}, notes + graph.notes, data.measured_on)
+    return _Plan(
+        job, placement, {**skipped, **placement.skipped}, notes + graph.notes, data.measured_on, data.samples
+    )
 
 
 def _say(plan: _Plan, files: list[Path], reduce_range: bool, verbose: bool) -> None:
@@ -121,7 +122,7 @@ def _say(plan: _Plan, files: list[Path], reduce_range: bool, verbose: bool) -> N
     for line in float_lines(plan.skipped, verbose):
         say(line)
     say(
-        f"ranges: of {len(plan.placement.tensors)} tensors, from {len(plan.job.calibration)} samples"
+        f"ranges: of {len(plan.placement.tensors)} tensors, from {plan.samples} samples"
         + (" of synthetic data" if plan.measured_on == "synthetic" else "")
         + f"; result measured on {len(plan.job.evaluation)} ({plan.measured_on})"
     )

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from onnxslim_ptq.commands.console import columns, emit_json, program, say, size
-from onnxslim_ptq.commands.later import not_available_yet
 from onnxslim_ptq.commands.options import Json, Verbose
 
 if TYPE_CHECKING:
@@ -19,7 +18,9 @@ __all__ = ["inspect"]
 
 _FEW = 12
 Model = Annotated[Path, typer.Argument(metavar="MODEL", show_default=False, help="An ONNX model.")]
-Groups = Annotated[bool, typer.Option("--groups", help="Smoothing groups (not available yet).")]
+Groups = Annotated[
+    bool, typer.Option("--groups", help="Layers that can share a smoothing scale, and what absorbs it.")
+]
 Names = Annotated[
     bool, typer.Option("--names", help="Each layer's node, weight and module name, for patterns.")
 ]
@@ -29,13 +30,13 @@ def inspect(
     model: Model, json: Json = False, groups: Groups = False, names: Names = False, verbose: Verbose = False
 ) -> None:
     """Show what is in MODEL: operators, shapes, precision, and which layers can be quantized."""
-    if groups:
-        raise not_available_yet("inspect --groups", "leave it out")
     from onnxslim_ptq.analysis.inspect import inspect_model
 
-    found = inspect_model(model)
+    found = inspect_model(model, groups)
     if json:
         emit_json(found.as_json())
+    elif groups:
+        _show_groups(found, verbose)
     elif names:
         _show_names(found)
     else:
@@ -63,6 +64,12 @@ def _show(found: Inspection, verbose: bool) -> None:
             f"already quantized: {len(found.quantized_nodes)} nodes (first: {found.quantized_nodes[0]}); quantize "
             "refuses it without --allow-quantized"
         )
+    if found.calibration is not None:
+        say(
+            f"calibrated with: {found.calibration.get('samples')} samples on {found.calibration.get('device')}"
+        )
+        for line in found.calibration.get("prepared") or ["inputs as they were given"]:
+            say(f"  {line}")
     for sub in found.subgraphs if verbose else found.subgraphs[:3]:
         say(f"subgraph: {sub['op']} '{sub['node']}' holds {sub['nodes']} nodes, which stay float")
     if found.functions:
@@ -100,6 +107,28 @@ def _show_names(found: Inspection) -> None:
         say(line)
     for name, reason in found.not_quantizable.items():
         say(f"{name}: float, {reason}")
+
+
+def _show_groups(found: Inspection, verbose: bool) -> None:
+    """A table of all groups, those that only an explicit Mul can serve last, with the reason."""
+    groups = found.groups or []
+    explicit = [group for group in groups if group.reason]
+    rows: list[tuple[object, ...]] = [("KIND", "SOURCE", "LAYERS", "CHANNELS", "SCALES", "SHIFT")]
+    for group in [group for group in groups if not group.reason] + explicit:
+        layers = group.layers if verbose else group.layers[:1]
+        more = f" and {len(group.layers) - len(layers)} more" if len(group.layers) > len(layers) else ""
+        shift = "yes" if group.shiftable else "no"
+        names = ", ".join(layers) + more
+        rows.append((group.kind, group.source, names, group.channels, group.scales, shift))
+    for line in columns(rows, right=frozenset({3, 4}), indent=""):
+        say(line)
+    say(f"{len(groups) - len(explicit)} groups absorb a scale, {len(explicit)} need an explicit Mul")
+    for group in explicit if verbose else explicit[:_FEW]:
+        say(f"  {group.layers[0]}: {group.reason}")
+    if len(explicit) > _FEW and not verbose:
+        say(f"  and {len(explicit) - _FEW} more (-v)")
+    for note in found.notes:
+        say(f"note: {note}")
 
 
 def _shape(shape: list[int | str | None] | None) -> str:

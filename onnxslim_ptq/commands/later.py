@@ -33,8 +33,6 @@ def _later(name: str, help_text: str, instead: str) -> Callable[[typer.Context],
 LATER: dict[str, Callable[[typer.Context], None]] = {
     name: _later(name, help_text, instead)
     for name, help_text, instead in (
-        ("calibrate", "Save calibration statistics to a file.", "give the samples to quantize with --calib"),
-        ("merge-stats", "Merge statistics files.", "give all samples to one quantize, --calib is repeatable"),
         (
             "analyze",
             "Rank layers by sensitivity.",

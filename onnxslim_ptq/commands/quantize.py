@@ -3,23 +3,44 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from calib import devices
 from onnxslim_ptq.commands.console import Bars, warn
 from onnxslim_ptq.commands.later import refuse
-from onnxslim_ptq.commands.options import Calib, Json, Quiet, Samples, Seed, Stacked, Threads, Verbose
-from onnxslim_ptq.errors import QuantizationError
+from onnxslim_ptq.commands.options import (
+    AllowQuantized,
+    Calib,
+    Device,
+    Exclude,
+    Include,
+    Json,
+    Nan,
+    Preprocess,
+    Quiet,
+    Ray,
+    Recipe,
+    ReduceRange,
+    Resume,
+    Samples,
+    Seed,
+    Stacked,
+    Target,
+    Threads,
+    Tokenizer,
+    Verbose,
+    Workers,
+)
+from onnxslim_ptq.errors import DeviceError, QuantizationError
 
 __all__ = ["quantize"]
 
-_DEVICE = re.compile(r"cpu|cuda|npu(:[0-9]{1,3})?", re.ASCII)
 _DOUBTFUL_DB = 12.0
-_TO_COME = ("stats", "workers", "blockwise", "report", "weights")
+_TO_COME = ("report", "weights")
 _LATER = {"hidden": True, "show_default": False}
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", show_default=False, help="The float ONNX model.")]
@@ -27,7 +48,6 @@ Out = Annotated[
     Path,
     typer.Argument(metavar="OUT", show_default=False, help="The file to write (ends in .onnx), or a folder."),
 ]
-Recipe = Annotated[str, typer.Option("--recipe", metavar="NAME|FILE", help="A ready recipe or a YAML file.")]
 Eval = Annotated[
     Path | None,
     typer.Option(
@@ -55,53 +75,20 @@ Range = Annotated[
         help="Without --calib: the values of an input. Repeatable.",
     ),
 ]
-Device = Annotated[str, typer.Option("--device", metavar="cpu|npu[:ID]|cuda", help="Where calibration runs.")]
-Target = Annotated[
-    str | None,
-    typer.Option(
-        "--target",
-        metavar="NAME",
-        show_default="the recipe's",
-        help="cpu, generic, tensorrt, openvino or ascend.",
-    ),
-]
-Include = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--include",
-        metavar="PATTERN",
-        show_default=False,
-        help="Layers to quantize: glob, re:… or op:Conv. Repeatable.",
-    ),
-]
-Exclude = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--exclude", metavar="PATTERN", show_default=False, help="Layers to leave float. Repeatable."
-    ),
-]
-Nan = Annotated[
-    str, typer.Option("--nan", metavar="error|ignore|exclude-layer", help="When a value is NaN or Inf.")
-]
-ReduceRange = Annotated[
-    str,
-    typer.Option(
-        "--reduce-range",
-        metavar="auto|on|off",
-        help="7-bit weights; auto: on processors whose int8 products saturate.",
-    ),
-]
 MinSqnr = Annotated[float, typer.Option("--min-sqnr", metavar="DB", help="Fail below this SQNR; 0 = never.")]
-AllowQuantized = Annotated[
-    bool, typer.Option("--allow-quantized", help="Take a model that is partly int8 already.")
-]
 External = Annotated[bool, typer.Option("--external-data", help="Weights to OUT.data (always above 2 GB).")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Say what would be done; run no sample, write nothing.")
 ]
-Stats = Annotated[Path | None, typer.Option("--stats", **_LATER)]
-Workers = Annotated[int | None, typer.Option("--workers", **_LATER)]
-Blockwise = Annotated[bool, typer.Option("--blockwise", **_LATER)]
+Stats = Annotated[
+    Path | None,
+    typer.Option(
+        "--stats", metavar="FILE", show_default=False, help="What calibrate wrote; then no data is needed."
+    ),
+]
+Blockwise = Annotated[
+    bool, typer.Option("--blockwise", help="Run the model in blocks, as is done where memory is short.")
+]
 Report = Annotated[Path | None, typer.Option("--report", **_LATER)]
 Weights = Annotated[bool, typer.Option("--weights", **_LATER)]
 
@@ -114,6 +101,13 @@ def quantize(
     evaluation: Eval = None,
     samples: Samples = None,
     stacked: Stacked = False,
+    preprocess: Preprocess = None,
+    tokenizer: Tokenizer = None,
+    stats: Stats = None,
+    workers: Workers = None,
+    ray: Ray = None,
+    resume: Resume = None,
+    blockwise: Blockwise = False,
     shape: Shape = None,
     value_range: Range = None,
     device: Device = "cpu",
@@ -131,9 +125,6 @@ def quantize(
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
-    stats: Stats = None,
-    workers: Workers = None,
-    blockwise: Blockwise = False,
     report: Report = None,
     weights: Weights = False,
 ) -> None:
@@ -148,15 +139,23 @@ def quantize(
 
         show_plan(model, out, settings, external=external_data, as_json=json, verbose=verbose)
     else:
-        _run(model, out, settings, external_data, json, quiet, verbose)
+        from onnxslim_ptq.commands.samples import data_options
+
+        again = data_options(recipe, preprocess, tokenizer)
+        _run(model, out, settings, again, external_data, json, quiet, verbose)
 
 
 def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """The keyword arguments of ``onnxslim_ptq.quantize``."""
     from calib.readers import parse_range, parse_shape
+    from calib.store import Statistics
+    from onnxslim_ptq.commands.samples import with_data
 
     same = (
-        "recipe",
+        "workers",
+        "ray",
+        "resume",
+        "blockwise",
         "target",
         "device",
         "samples",
@@ -169,8 +168,10 @@ def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
     )
     return {
         **{name: given[name] for name in (*same, "allow_quantized")},
+        "recipe": with_data(given["recipe"], given["preprocess"], given["tokenizer"]),
         "calib_data": given["calib"] or None,
         "eval_data": given["evaluation"],
+        "stats": Statistics.load(given["stats"]) if given["stats"] else None,
         "shapes": dict(map(parse_shape, given["shape"] or ())),
         "ranges": dict(map(parse_range, given["value_range"] or ())),
         "include": given["include"] or (),
@@ -179,8 +180,10 @@ def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_values(device: str, min_sqnr: float) -> None:
-    if not _DEVICE.fullmatch(device):
-        raise QuantizationError(f"--device {device}: use cpu, npu, npu:ID or cuda")
+    try:
+        devices.Device.parse(device)
+    except DeviceError as error:  # a misspelt device is a wrong argument, not one that is absent
+        raise QuantizationError(f"--device: {error}") from None
     if not (math.isfinite(min_sqnr) and min_sqnr >= 0):
         raise QuantizationError(f"--min-sqnr {min_sqnr}: give a number of dB, 0 or more")
 
@@ -191,6 +194,10 @@ def _check_combinations(given: Mapping[str, Any]) -> None:
         raise QuantizationError("-q and -v exclude each other; leave one out")
     if given["calib"] and (given["shape"] or given["value_range"]):
         raise QuantizationError("--shape and --range describe synthetic samples; leave them out with --calib")
+    if given["stats"] and (given["shape"] or given["value_range"]):
+        raise QuantizationError("--shape and --range describe synthetic samples; leave them out with --stats")
+    if given["stats"] and given["samples"] and not given["calib"]:
+        raise QuantizationError("--samples limits --calib; leave it out with --stats alone")
     if given["stacked"] and not (given["calib"] or given["evaluation"]):
         raise QuantizationError("--stacked describes the files of --calib or --eval; give one of them")
 
@@ -199,18 +206,20 @@ def _run(
     model: Path,
     out: Path,
     settings: dict[str, Any],
+    again: str,
     external: bool,
     as_json: bool,
     quiet: bool,
     verbose: bool,
 ) -> None:
-    from onnxslim_ptq.api import QUANT_TYPE
     from onnxslim_ptq.api import quantize as run
     from onnxslim_ptq.commands.summary import Summary
     from onnxslim_ptq.commands.worst import worst_layers
 
-    _preflight(model, out, settings["device"], QUANT_TYPE)
-    if settings["calib_data"] is None and model.is_file():
+    recipe = settings["recipe"]  # loaded by `_settings`
+    _preflight(model, out, settings["device"], recipe.quant_type)
+    data_free = settings["calib_data"] is None and not recipe.data.sets and settings["stats"] is None
+    if data_free and model.is_file() and recipe.needs_ranges:
         warn(
             "no --calib: activation ranges come from synthetic samples (random numbers), not from real data; "
             "accuracy on real inputs is unknown"
@@ -219,9 +228,10 @@ def _run(
         result = run(model, **settings, listener=bars)
         sqnr = result.metrics["sqnr_db"]
         doubtful = sqnr is not None and sqnr < _DOUBTFUL_DB
-        advice = worst_layers(result, out, settings) if doubtful else ""
+        # Comparing layers runs the whole model, for which there is no room block-wise.
+        advice = worst_layers(result, out, settings) if doubtful and not result.blockwise else ""
         paths = result.save(out, external_data=external)  # last: an interruption before leaves nothing at OUT
-    summary = Summary(result, paths, settings)
+    summary = Summary(result, paths, settings, again)
     if doubtful:
         summary.warnings.append(f"output '{summary.worst_output}' reaches only {sqnr:.1f} dB SQNR. {advice}")
     for text in summary.warnings:

@@ -1,30 +1,35 @@
-"""The samples a result is measured on: those of --eval, or the part of --calib that quantize holds out."""
+"""The options that say what turns files into inputs: they stand for keys of the recipe's data section."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calib.readers import open_data, split_held_out, take
-
 if TYPE_CHECKING:
-    from calib.types import Dataset, InputInfo
+    from onnxslim_ptq.recipe import Recipe
 
-__all__ = ["measured_samples"]
+__all__ = ["data_options", "with_data"]
 
 
-def measured_samples(
-    inputs: Sequence[InputInfo],
-    calib: Sequence[Path],
-    evaluation: Path | None,
-    samples: int | None,
-    stacked: bool,
-) -> tuple[Dataset, str]:
-    """The data set and what it is called in results; CalibrationError when it cannot be opened."""
-    if evaluation is not None:
-        data = open_data([evaluation], inputs, stacked=stacked)
-        return (take(data, samples) if samples else data), "eval"
-    data = open_data(calib, inputs, stacked=stacked)
-    _, held_out, measured_on = split_held_out(take(data, samples) if samples else data)
-    return held_out, measured_on
+def with_data(recipe: str, preprocess: str | None, tokenizer: Path | None) -> Recipe:
+    """The recipe with what the options say in its data section; RecipeError when it is not valid."""
+    from onnxslim_ptq.recipe import Recipe
+
+    loaded = Recipe.load(recipe)
+    if preprocess is not None:
+        loaded = loaded.with_data(preprocess=preprocess)
+    if tokenizer is not None:
+        text = loaded.dump().get("data", {}).get("text", {})
+        loaded = loaded.with_data(text={**text, "tokenizer": str(tokenizer)})
+    return loaded
+
+
+def data_options(recipe: str, preprocess: str | None, tokenizer: Path | None) -> str:
+    """The options again, as ``compare`` needs them to see the same samples; the recipe when it has a data section."""
+    from onnxslim_ptq.recipe import Recipe
+
+    given = {"--preprocess": preprocess, "--tokenizer": tokenizer}
+    if Recipe.load(recipe).dump().get("data"):
+        given["--recipe"] = recipe
+    return "".join(f" {name} {shlex.quote(str(value))}" for name, value in given.items() if value is not None)

@@ -29,11 +29,12 @@ MEASURED_ON = {
 
 @dataclass
 class Summary:
-    """A result and the files it went to."""
+    """A result and the files it went to; ``again`` holds the options that read the same samples again."""
 
     result: Result
     paths: OutputPaths
     settings: Mapping[str, Any]
+    again: str = ""
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -105,14 +106,13 @@ class Summary:
         return lines
 
     def _next(self) -> str:
-        samples = "".join(
-            f" --calib {shlex.quote(str(p))}" for p in self.settings["calib_data"] or ("SAMPLES",)
-        )
+        given = self.settings["calib_data"] or (() if self.result.recipe.data.sets else ("SAMPLES",))
+        samples = "".join(f" --calib {shlex.quote(str(p))}" for p in given)
         if self.settings["eval_data"]:
             samples = f" --eval {shlex.quote(str(self.settings['eval_data']))}"
         models = " ".join(shlex.quote(str(p)) for p in (self.result.source.path, self.paths.model))
         stacked = " --stacked" if self.settings["stacked"] else ""
-        return f"{program()} compare {models}{samples}{stacked}  (error of each layer, speed)"
+        return f"{program()} compare {models}{samples}{stacked}{self.again}  (error of each layer, speed)"
 
     def show_json(self) -> None:
         before, after = self.nbytes

@@ -18,18 +18,21 @@ _WORST, _SAMPLES = 3, 8
 def worst_layers(result: Result, quantized: Path, settings: dict[str, Any]) -> str:
     """One sentence: the three layers with the largest error of their own, or how to find them."""
     from calib.errors import QuantizationError
-    from calib.readers import synthetic, take
+    from calib.readers import take
     from onnxslim_ptq.analysis.compare import compare_models
-    from onnxslim_ptq.commands.samples import measured_samples
+    from onnxslim_ptq.recorded import recorded_samples
+    from onnxslim_ptq.samples import open_samples
 
-    inputs = result.source.inputs()
-    calib, evaluation, samples = (settings[key] for key in ("calib_data", "eval_data", "samples"))
+    section, calib, measured = (result.recipe.data, settings["calib_data"], settings["eval_data"])
+    same = {name: settings[name] for name in ("samples", "stacked", "threads")}
+    drawn = {name: settings[name] for name in ("shapes", "ranges", "seed")}
     try:
-        if calib or evaluation:
-            data, _ = measured_samples(inputs, calib or [], evaluation, samples, settings["stacked"])
+        if settings["stats"] is not None:
+            data = recorded_samples(
+                result.source, settings["stats"], section, calib, measured, **same
+            ).evaluation
         else:
-            shapes, ranges = settings["shapes"], settings["ranges"]
-            data = synthetic(inputs, shapes=shapes, ranges=ranges, seed=settings["seed"])
+            data = open_samples(result.source, section, calib, measured, **same, **drawn).evaluation
         found = compare_models(
             result.source, result.quantized, take(data, _SAMPLES), threads=settings["threads"], latency=False
         )

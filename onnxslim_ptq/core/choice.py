@@ -5,21 +5,47 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from calib.ranges import RangeMethod
-from onnxslim_ptq.core.dtypes import IntType
+from onnxslim_ptq.core.dtypes import INT8, IntType
+from onnxslim_ptq.core.rounding import Rounder
 
-__all__ = ["AUTO", "OUTPUT_MSE", "LayerChoice"]
+__all__ = ["AUTO", "OUTPUT_MSE", "LayerChoice", "PerTokenActivation", "StaticActivation", "WeightForm"]
 
 AUTO = "auto"
 OUTPUT_MSE = "output_mse"
 
 
 @dataclass(frozen=True)
-class LayerChoice:
-    """How one layer is quantized; ``range`` is a method of `calib.ranges`, or AUTO or OUTPUT_MSE."""
+class StaticActivation:
+    """One scale, known before the model runs; ``range`` is a method of `calib.ranges`, or AUTO or OUTPUT_MSE."""
 
-    activation: IntType
+    dtype: IntType
     symmetric: bool
     range: RangeMethod | str
     range_name: str
-    per_channel: bool
-    bias_correction: bool
+
+
+@dataclass(frozen=True)
+class PerTokenActivation:
+    """One symmetric scale for every row along the last axis, found while the model runs: s = max|x| / 127."""
+
+    dtype: IntType
+
+
+@dataclass(frozen=True)
+class WeightForm:
+    """The integer form of a weight: one scale per output channel, per tensor, or per ``group`` input channels."""
+
+    dtype: IntType = INT8
+    symmetric: bool = True
+    per_channel: bool = True
+    group: int | None = None
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """How one layer is quantized; without ``activation`` only its weight is, without ``rounder`` to nearest."""
+
+    activation: StaticActivation | PerTokenActivation | None
+    weight: WeightForm = WeightForm()
+    bias_correction: bool = False
+    rounder: Rounder | None = None

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from calib.types import Array, Range
 from onnxslim_ptq.core.dtypes import INT32
-from onnxslim_ptq.core.spec import Grain, PerGroup, PerTensor, QParams, QuantSpec
+from onnxslim_ptq.core.spec import Grain, PerChannel, PerGroup, QParams, QuantSpec
 
 __all__ = [
     "SMALLEST_SCALE",
@@ -27,6 +27,7 @@ __all__ = [
     "sqnr_db",
 ]
 
+_AT_ONCE = 1 << 22
 SMALLEST_SCALE = float(
     np.finfo(np.float32).tiny
 )  # a float32 scale below this is denormal: runtimes flush it to zero
@@ -75,7 +76,7 @@ def channel_range(weight: Array, axis: int | None) -> Range:
 def grain_range(weight: Array, grain: Grain) -> Range:
     """The exact minima and maxima of ``weight`` in the shape of the scales of ``grain``."""
     if not isinstance(grain, PerGroup):
-        return channel_range(weight, None if isinstance(grain, PerTensor) else grain.axis)
+        return channel_range(weight, grain.axis if isinstance(grain, PerChannel) else None)
     starts = np.arange(0, weight.shape[grain.axis], grain.size)
     lo, hi = (f.reduceat(weight, starts, axis=grain.axis) for f in (np.minimum, np.maximum))
     return Range(np.asarray(lo, np.float64), np.asarray(hi, np.float64))
@@ -99,17 +100,37 @@ def quantize(x: Array, params: QParams) -> Array:
     dtype = params.spec.dtype
     work = np.float32 if x.dtype in (np.float16, np.float32) else np.float64
     scale = _along(params.scale.astype(work), x, params)
-    with np.errstate(over="ignore"):  # a quotient beyond the float type saturates like any other
-        steps = np.rint(np.asarray(x, work) / scale)
-    codes = steps + _along(params.zero_point, x, params)
-    return np.asarray(np.clip(codes, dtype.lowest, dtype.highest), dtype.dtype)
+    zero = _along(params.zero_point, x, params)
+    codes = np.empty(x.shape, dtype.dtype)
+    for part in _parts(x):
+        with np.errstate(over="ignore"):  # a quotient beyond the float type saturates like any other
+            steps = np.rint(np.asarray(x[part], work) / _part(scale, part))
+        codes[part] = np.clip(steps + _part(zero, part), dtype.lowest, dtype.highest)
+    return codes
 
 
 def dequantize(codes: Array, params: QParams) -> NDArray[np.float32]:
     """float32 values of integer codes."""
     zero = _along(params.zero_point, codes, params)
     scale = _along(params.scale.astype(np.float32), codes, params)
-    return np.asarray((codes.astype(np.int64) - zero).astype(np.float32) * scale, np.float32)
+    values = np.empty(codes.shape, np.float32)
+    for part in _parts(codes):
+        exact = codes[part].astype(np.int64) - _part(zero, part)
+        values[part] = exact.astype(np.float32) * _part(scale, part)
+    return values
+
+
+def _parts(x: Array) -> list[Any]:
+    """Slices of the first axis that hold about `_AT_ONCE` elements each: intermediate results are 8 times the codes."""
+    if x.ndim == 0 or x.size <= _AT_ONCE:
+        return [...]
+    rows = max(_AT_ONCE * len(x) // x.size, 1)
+    return [slice(start, start + rows) for start in range(0, len(x), rows)]
+
+
+def _part(numbers: NDArray[Any], part: Any) -> NDArray[Any]:
+    """``numbers``, which broadcast to the whole, for one of its parts."""
+    return numbers if part is ... or numbers.ndim == 0 or len(numbers) == 1 else numbers[part]
 
 
 def fake_quantize(x: Array, params: QParams) -> NDArray[np.float32]:

@@ -16,6 +16,7 @@ __all__ = [
     "PerChannel",
     "PerGroup",
     "PerTensor",
+    "PerToken",
     "QParams",
     "QuantPlan",
     "QuantSpec",
@@ -48,7 +49,12 @@ class PerGroup:
     size: int
 
 
-Grain = PerTensor | PerChannel | PerGroup
+@dataclass(frozen=True)
+class PerToken:
+    """One scale per row along the last axis, found at run time: the plan holds no numbers for it."""
+
+
+Grain = PerTensor | PerChannel | PerGroup | PerToken
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,7 @@ class QParams:
 
     @property
     def axis(self) -> int | None:
-        return None if isinstance(self.spec.grain, PerTensor) else self.spec.grain.axis
+        return self.spec.grain.axis if isinstance(self.spec.grain, PerChannel | PerGroup) else None
 
     @property
     def block(self) -> int | None:
@@ -103,7 +109,9 @@ class QParams:
 
 @dataclass(frozen=True)
 class Slot:
-    """A quantized site: its spec and the id of its numbers in ``QuantPlan.params`` (readers of one tensor share it)."""
+    """A quantized site: its spec and the id of its numbers in ``QuantPlan.params`` (readers of one tensor share it).
+
+    A PerToken slot has no numbers there; its id only tells readers of one tensor that they share the work."""
 
     spec: QuantSpec
     params: str
@@ -111,13 +119,17 @@ class Slot:
 
 @dataclass(frozen=True)
 class WeightCodes:
-    """The integer codes of initializer ``name``, same shape as the float weight, and the rounder that chose them."""
+    """The integer codes of initializer ``name``, same shape as the float weight, and the rounder that chose them.
+
+    ``error``: the relative squared error of the layer's output with nearest codes and with these, where known.
+    """
 
     codes: Array
     params: QParams
     rounder: str
     name: str = ""
     quantized_name: str = ""
+    error: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)

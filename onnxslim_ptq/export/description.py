@@ -15,7 +15,7 @@ import onnx
 from safetensors.numpy import save
 
 from calib.types import Array
-from onnxslim_ptq.core.spec import QParams, QuantPlan, Result, Use
+from onnxslim_ptq.core.spec import QParams, QuantPlan, Result, Use, WeightCodes
 from onnxslim_ptq.errors import VerificationError
 from onnxslim_ptq.export.files import OutputPaths, create
 from onnxslim_ptq.graph.graph import Graph
@@ -40,11 +40,15 @@ _K = TypeVar("_K")
 
 @dataclass(frozen=True)
 class Calibration:
-    """Which data the ranges come from; ``samples`` is 0 and ``sha256`` None for a data-free run."""
+    """Which data the ranges come from; ``samples`` is 0 and ``sha256`` None for a data-free run.
+
+    ``prepared`` tells in words how files became inputs.
+    """
 
     samples: int
     device: str
     sha256: str | None = None
+    prepared: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,7 @@ def describe(plan: QuantPlan, graph: Graph, rendered: onnx.ModelProto, context: 
             "samples": context.calibration.samples,
             "device": context.calibration.device,
             "sha256": context.calibration.sha256,
+            "prepared": list(context.calibration.prepared),
         },
         "weights": _weights(made, plan, names, rendered),
         "activations": _activations(made, plan, names),
@@ -219,13 +224,20 @@ def _weights(made: Description, plan: QuantPlan, names: _Names, rendered: onnx.M
             "dtype": stored.params.spec.dtype.name,
             "shape": list(codes.shape),
             "axis": None if stored.params.axis is None else stored.params.axis % codes.ndim,
-            "block_size": None,
+            "block_size": stored.params.block,
             **made.numbers(f"weights/{name}", stored.params),
             "rounder": stored.rounder,
+            **_rounding_error(stored),
             "quantized_name": stored.quantized_name or read,
             "sha256": hashlib.sha256(codes.reshape(-1).view(np.uint8).data).hexdigest(),
         }
     return entries
+
+
+def _rounding_error(stored: WeightCodes) -> dict[str, Json]:
+    if stored.error is None:
+        return {}
+    return {"rounding_error": {"rtn": stored.error[0], "rounder": stored.error[1]}}
 
 
 def _initializer_read(
@@ -244,8 +256,22 @@ def _initializer_read(
 
 def _activations(made: Description, plan: QuantPlan, names: _Names) -> dict[str, Json]:
     entries: dict[str, Json] = {}
+    dynamic = {slot.params: slot.spec for slot in plan.activations.values() if slot.params not in plan.params}
     for (tensor, key), nodes in names.sites.items():
-        params, name = plan.params[key], names.activation[(tensor, key)]
+        name = names.activation[(tensor, key)]
+        if key in dynamic:
+            entries[name] = {
+                "nodes": list(dict.fromkeys(nodes)),
+                "dtype": dynamic[key].dtype.name,
+                "when": "dynamic",
+                "axis": None,
+                "scale": [],
+                "zero_point": [],
+                "range": None,
+                "method": "per token",
+            }
+            continue
+        params = plan.params[key]
         # Without a recorded range the codes tell it: what the lowest and the highest of them stand for.
         found, method = plan.ranges.get(key) or plan.ranges.get(tensor) or (None, None)
         lo, hi = (found.lo, found.hi) if found is not None else params.range()

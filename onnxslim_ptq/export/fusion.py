@@ -11,7 +11,9 @@ import onnx
 from onnx import TensorProto
 
 from calib.model import Model
-from calib.provider import SessionOptions, create_session
+from calib.provider import SessionOptions
+from calib.spool import Spool
+from onnxslim_ptq.export.mapped import session_of
 from onnxslim_ptq.graph.convert import all_names
 
 __all__ = ["guard_float_layers", "stored_weight", "unfused_weights"]
@@ -42,16 +44,16 @@ _LOOKED_THROUGH = frozenset(
 _INTEGER = (TensorProto.INT8, TensorProto.UINT8)
 
 
-def unfused_weights(model: Model) -> set[str]:
+def unfused_weights(model: Model, spool: Spool | None = None) -> set[str]:
     """Names of 8-bit initializers that a DequantizeLinear still reads after ONNX Runtime's optimizations.
 
     Such a weight is turned back into float at every run: 12 to 17 times slower than the float layer at one token.
     """
-    with tempfile.TemporaryDirectory(prefix="onnxslim-ptq-") as folder:
+    with tempfile.TemporaryDirectory(
+        prefix="onnxslim-ptq-", dir=spool.folder if spool is not None else None
+    ) as folder:
         path = Path(folder) / "optimized.onnx"
-        create_session(
-            model.proto.SerializeToString(), model.weights, options=SessionOptions(write_optimized=path)
-        )
+        session_of(model, SessionOptions(write_optimized=path), spool)
         optimized = onnx.load(path, load_external_data=False)
         stored = {t.name for t in optimized.graph.initializer if t.data_type in _INTEGER}
         return {

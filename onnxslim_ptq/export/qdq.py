@@ -14,7 +14,9 @@ from calib.types import Array
 from onnxslim_ptq.core.spec import (
     BiasCodes,
     PerChannel,
+    PerGroup,
     PerTensor,
+    PerToken,
     QParams,
     QuantPlan,
     QuantSpec,
@@ -24,6 +26,7 @@ from onnxslim_ptq.core.spec import (
 )
 from onnxslim_ptq.core.targets import Target
 from onnxslim_ptq.export.float16 import ABSORBED, compute_in_float32, half_layers
+from onnxslim_ptq.export.per_token import Normalized, normalize, row_params, scale_back
 from onnxslim_ptq.graph.edit import is_captured
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.ir import lowest_ir
@@ -31,15 +34,19 @@ from onnxslim_ptq.graph.opset import raise_opset
 
 __all__ = ["render_qdq", "required_opset"]
 
-_FIRST, _PER_CHANNEL, _FLOAT16_SCALES = 10, 13, 19
+_FIRST, _PER_CHANNEL, _FLOAT16_SCALES, _BLOCKS = 10, 13, 19, 21
+_BYTE = 8
 _WORST_ROUNDING = 0.01  # of a scale that float16 has to hold: below 6e-5 it loses digits
 
 
 def required_opset(plan: QuantPlan, model: Model, target: Target) -> int:
-    """The lowest opset that can express ``plan``: 10, per-channel scales 13, float16 scales 19.
+    """The lowest opset that can express ``plan``: 10, per-channel scales 13, float16 scales 19, blocks and 4 bits 21.
 
     float16 scales are needed by float16 layers, unless the target computes those in float32 between casts.
     """
+    specs = [slot.spec for slot in (*plan.weights.values(), *plan.activations.values())]
+    if any(isinstance(s.grain, PerGroup) or s.dtype.bits != _BYTE for s in specs):
+        return _BLOCKS
     if not target.float16_cast and half_layers(Graph(model), plan):
         return _FLOAT16_SCALES
     params = [*plan.params.values(), *(codes.params for codes in plan.weight_codes.values())]
@@ -64,7 +71,8 @@ def render_qdq(model: Model, plan: QuantPlan, target: Target) -> Model:
             writer.quantize_result(site.tensor, slot)
     for site, slot in plan.activations.items():
         if isinstance(site, Use):
-            writer.quantize_use(site, slot)
+            per_token = isinstance(slot.spec.grain, PerToken)
+            (writer.quantize_rows if per_token else writer.quantize_use)(site, slot)
     for use, slot in plan.weights.items():
         writer.quantize_weight(use, slot)
     for use, slot in plan.biases.items():
@@ -86,22 +94,23 @@ class _Writer:
     pairs: dict[tuple[str, str], gs.Tensor] = field(default_factory=dict)
     numbers: dict[tuple[str, str], tuple[gs.Constant, gs.Constant]] = field(default_factory=dict)
     weights: dict[tuple[str, bool], gs.Tensor] = field(default_factory=dict)
+    rows: dict[tuple[str, str], Normalized] = field(default_factory=dict)
 
     def quantize_result(self, name: str, slot: Slot) -> None:
         """Every reader of value ``name`` reads it quantized, graph outputs and subgraphs too: they know it by name."""
         tensor = self.graph.tensor(name)
         producer = self.graph.producer(tensor)
         by_name = name in self.graph.outputs or is_captured(self.graph, tensor)
-        half = self._is_half(tensor)
+        half, params = self._is_half(tensor), self.plan.params[slot.params]
         if producer is not None and by_name:
             raw = self.graph.variable(f"{name}_float")
             producer.outputs[producer.outputs.index(tensor)] = raw
-            self.pairs[name, slot.params] = self._pair(raw, slot, half, tensor)
+            self.pairs[name, slot.params] = self._pair(raw, slot.params, params, half, tensor)
             return
         readers = [
             (n, p) for n in self.graph.consumers(tensor) for p, t in enumerate(n.inputs) if t is tensor
         ]
-        real = self.pairs[name, slot.params] = self._pair(tensor, slot, half)
+        real = self.pairs[name, slot.params] = self._pair(tensor, slot.params, params, half)
         for node, port in readers:
             if not self.graph.has_subgraph(node):  # reached for graph inputs only: their name is not free
                 node.inputs[port] = real
@@ -113,8 +122,22 @@ class _Writer:
             return  # the value is already quantized where it is produced
         key = (tensor.name, slot.params)
         if key not in self.pairs:
-            self.pairs[key] = self._pair(tensor, slot, use.node in self.half)
+            params = self.plan.params[slot.params]
+            self.pairs[key] = self._pair(tensor, slot.params, params, use.node in self.half)
         node.inputs[use.port] = self.pairs[key]
+
+    def quantize_rows(self, use: Use, slot: Slot) -> None:
+        """Per token: readers of one tensor share its rows and their scales."""
+        node = self.graph.node(use.node)
+        tensor = node.inputs[use.port]
+        key = (tensor.name, slot.params)
+        if key not in self.rows:
+            rows, scales = normalize(self.graph, tensor, _float_type(self.graph, node))
+            params = row_params(slot.spec.dtype)
+            half = use.node in self.half
+            self.rows[key] = (self._pair(rows, slot.params, params, half), scales)
+        node.inputs[use.port], scales = self.rows[key]
+        scale_back(self.graph, node, scales)
 
     def quantize_weight(self, use: Use, slot: Slot) -> None:
         """Nodes whose weights share a params id share one integer tensor."""
@@ -163,12 +186,14 @@ class _Writer:
                 near.append(before)
         return any(node.name in self.half for node in near)
 
-    def _pair(self, tensor: gs.Tensor, slot: Slot, half: bool, result: gs.Tensor | None = None) -> gs.Tensor:
+    def _pair(
+        self, tensor: gs.Tensor, key: str, params: QParams, half: bool, result: gs.Tensor | None = None
+    ) -> gs.Tensor:
         name = tensor.name if result is None else result.name
-        scale, zero = self._scale_and_zero(slot.params, name, self.plan.params[slot.params], half)
+        scale, zero = self._scale_and_zero(key, name, params, half)
         codes = self.graph.variable(f"{name}_quantized")
         real = self.graph.variable(f"{name}_dequantized") if result is None else result
-        attrs = _axis(self.plan.params[slot.params])
+        attrs = _axis(params)
         self.graph.add_node("QuantizeLinear", f"{name}_QuantizeLinear", [tensor, scale, zero], [codes], attrs)
         self.graph.add_node(
             "DequantizeLinear", f"{name}_DequantizeLinear", [codes, scale, zero], [real], attrs
@@ -176,7 +201,9 @@ class _Writer:
         return real
 
     def _stored(self, name: str, codes: Array, params: QParams, key: str, half: bool) -> gs.Tensor:
-        stored = self.graph.constant(f"{name}_quantized", codes)
+        stored = self.graph.constant(
+            f"{name}_quantized", codes.astype(params.spec.dtype.stored_dtype, copy=False)
+        )
         scale, zero = self._scale_and_zero(f"{key} stored", name, params, half)
         real = self.graph.variable(f"{name}_dequantized")
         node = f"{name}_DequantizeLinear"
@@ -189,14 +216,14 @@ class _Writer:
         """Scale and zero point constants, shared by everything that uses the same params."""
         kind = "float16" if half else "float32"
         if (key, kind) not in self.numbers:
-            shape = () if params.axis is None else (-1,)
+            shape = params.scale.shape if params.block else () if params.axis is None else (-1,)
             scale = params.scale.reshape(shape).astype(kind)
             if half and (np.abs(scale - params.scale) > _WORST_ROUNDING * params.scale).any():
                 raise GraphError(
                     f"value '{name}': its scale {float(params.scale.min()):.3g} leaves the range of "
                     "float16; leave its layers float with --exclude, or give the float32 model"
                 )
-            zero = params.zero_point.reshape(shape).astype(params.spec.dtype.dtype)
+            zero = params.zero_point.reshape(shape).astype(params.spec.dtype.stored_dtype)
             self.numbers[key, kind] = (
                 self.graph.constant(f"{name}_scale", scale),
                 self.graph.constant(f"{name}_zero_point", zero),
@@ -204,5 +231,11 @@ class _Writer:
         return self.numbers[key, kind]
 
 
+def _float_type(graph: Graph, node: gs.Node) -> type[np.floating]:
+    weight = next((v for t in node.inputs if (v := graph.value(t)) is not None), None)
+    return np.float16 if weight is not None and weight.dtype == np.float16 else np.float32
+
+
 def _axis(params: QParams) -> dict[str, int]:
-    return {} if params.axis is None else {"axis": params.axis}
+    block = {} if params.block is None else {"block_size": params.block}
+    return {} if params.axis is None else {"axis": params.axis, **block}

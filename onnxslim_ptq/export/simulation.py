@@ -7,7 +7,7 @@ session is made).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +17,9 @@ import onnx_graphsurgeon as gs
 from calib.model import Model
 from calib.types import Array
 from onnxslim_ptq.core.qmath import dequantize
-from onnxslim_ptq.core.spec import QParams, QuantPlan, Result
+from onnxslim_ptq.core.spec import PerToken, QParams, QuantPlan, Result, Slot, Use
 from onnxslim_ptq.export.float16 import ABSORBED, half_layers
+from onnxslim_ptq.export.per_token import Normalized, normalize, row_params, scale_back
 from onnxslim_ptq.graph.graph import Graph
 
 __all__ = ["Simulation", "simulate"]
@@ -40,7 +41,7 @@ class Simulation:
         return feed
 
 
-def simulate(model: Model, plan: QuantPlan) -> Simulation:
+def simulate(model: Model, plan: QuantPlan, keep: Callable[[Array], Array] | None = None) -> Simulation:
     """Build the simulation of ``plan`` (its activation sites and weight codes; biases stay float)."""
     graph = Graph(model)
     half = half_layers(graph, plan)
@@ -53,11 +54,16 @@ def simulate(model: Model, plan: QuantPlan) -> Simulation:
         codes = plan.weight_codes[slot.params]
         key = f"weight:{slot.params}"
         if key not in done:
-            values = dequantize(codes.codes, codes.params).astype(dtype)
+            values: Array = dequantize(codes.codes, codes.params).astype(dtype)
+            values = values if keep is None else keep(values)
             done[key] = graph.constant(f"{node.inputs[use.port].name}.simulated", values)
         node.inputs[use.port] = done[key]
+    _quantize_rows(graph, plan, half)
+    static = {
+        site: slot for site, slot in plan.activations.items() if not isinstance(slot.spec.grain, PerToken)
+    }
     pairs: dict[tuple[str, str], gs.Tensor] = {}
-    for site, slot in plan.activations.items():
+    for site, slot in static.items():
         name = site.tensor if isinstance(site, Result) else graph.node(site.node).inputs[site.port].name
         if slot.params not in numbers:
             numbers[slot.params] = (f"__scale_{len(numbers)}", f"__zero_{len(numbers)}")
@@ -67,7 +73,7 @@ def simulate(model: Model, plan: QuantPlan) -> Simulation:
             pairs[name, slot.params] = _quantize_result(
                 graph, tensor, numbers[slot.params], _is_half(graph, tensor, half)
             )
-    for site, slot in plan.activations.items():
+    for site, slot in static.items():
         if isinstance(site, Result):
             continue
         node = graph.node(site.node)
@@ -76,7 +82,7 @@ def simulate(model: Model, plan: QuantPlan) -> Simulation:
             continue
         pair = (tensor.name, slot.params)
         if pair not in pairs:
-            pairs[pair] = _pair(graph, tensor, numbers[slot.params], site.node in half)
+            pairs[pair] = _pair(graph, tensor, _inputs(numbers[slot.params]), site.node in half)
         node.inputs[site.port] = pairs[pair]
     simulated = graph.to_model()
     for key, (scale, zero) in numbers.items():
@@ -87,28 +93,54 @@ def simulate(model: Model, plan: QuantPlan) -> Simulation:
     return Simulation(simulated, numbers)
 
 
+def _quantize_rows(graph: Graph, plan: QuantPlan, half: set[str]) -> None:
+    """Per-token activations as the exporter writes them; their scales are constants, so no input stands for them."""
+    made: dict[tuple[str, str], Normalized] = {}
+    sites = [(s, slot) for s, slot in plan.activations.items() if isinstance(slot.spec.grain, PerToken)]
+    for site, slot in sites:
+        assert isinstance(site, Use)
+        node = graph.node(site.node)
+        tensor = node.inputs[site.port]
+        key = (tensor.name, slot.params)
+        if key not in made:
+            narrow = site.node in half
+            rows, scales = normalize(graph, tensor, np.float16 if narrow else np.float32)
+            params = row_params(slot.spec.dtype)
+            scale = graph.constant(f"{tensor.name}.row_scale", params.scale.astype(np.float32))
+            zero = graph.constant(
+                f"{tensor.name}.row_zero", params.zero_point.astype(params.spec.dtype.dtype)
+            )
+            made[key] = (_pair(graph, rows, (scale, zero), narrow), scales)
+        node.inputs[site.port], scales = made[key]
+        scale_back(graph, node, scales)
+
+
+def _inputs(names: tuple[str, str]) -> tuple[gs.Tensor, gs.Tensor]:
+    return gs.Variable(names[0]), gs.Variable(names[1])
+
+
 def _quantize_result(graph: Graph, tensor: gs.Tensor, numbers: tuple[str, str], half: bool) -> gs.Tensor:
     """Let every reader of ``tensor`` read it quantized, graph outputs and subgraphs too: it keeps its name."""
     producer = graph.producer(tensor)
     if producer is not None:
         raw = graph.variable(f"{tensor.name}.raw")
         producer.outputs[producer.outputs.index(tensor)] = raw
-        real = _pair(graph, raw, numbers, half)
+        real = _pair(graph, raw, _inputs(numbers), half)
         last = graph.producer(real)
         assert last is not None
         last.outputs[0] = tensor
         return tensor
     readers = [(n, p) for n in graph.consumers(tensor) for p, t in enumerate(n.inputs) if t is tensor]
-    real = _pair(graph, tensor, numbers, half)
+    real = _pair(graph, tensor, _inputs(numbers), half)
     for node, port in readers:
         if not graph.has_subgraph(node):  # it knows the graph input by its name
             node.inputs[port] = real
     return real
 
 
-def _pair(graph: Graph, tensor: gs.Tensor, numbers: tuple[str, str], half: bool) -> gs.Tensor:
+def _pair(graph: Graph, tensor: gs.Tensor, numbers: tuple[gs.Tensor, gs.Tensor], half: bool) -> gs.Tensor:
     """Q/DQ in float32, between casts when ``tensor`` is float16."""
-    scale, zero = (gs.Variable(n) for n in numbers)
+    scale, zero = numbers
     codes, real = graph.variable(f"{tensor.name}.codes"), graph.variable(f"{tensor.name}.real")
     source = _cast(graph, tensor, onnx.TensorProto.FLOAT) if half else tensor
     graph.add_node("QuantizeLinear", f"{tensor.name}.Q", [source, scale, zero], [codes])

@@ -8,7 +8,7 @@ values of constants are read through :meth:`Graph.value` only.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -40,12 +40,14 @@ class Graph:
     """Nodes, tensors and constants of a model's main graph, with an index from names to both.
 
     ``model`` is never changed. ``inputs`` are the values a caller must feed: an initializer that was also listed as
-    input is a constant here. ``notes`` tells what the import changed.
+    input is a constant here. ``notes`` tells what the import changed. New constants pass through ``keep``, which may
+    return an equal array that lies elsewhere.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, keep: Callable[[Array], Array] | None = None) -> None:
         source = model.proto.graph
         self.model = model
+        self._keep = keep or _as_it_is
         self.weights: dict[str, Array] = dict(model.weights)
         self.notes: list[str] = []
         self._protos = {t.name: t for t in source.initializer}
@@ -135,12 +137,12 @@ class Graph:
     def constant(self, name: str, values: Array) -> gs.Constant:
         """A new constant; its name is made unique by a numeric suffix."""
         unique = self._new_name(name, self._names)
-        self.weights[unique] = _contiguous(values)
+        self.weights[unique] = self._keep(_contiguous(values))
         return gs.Constant(unique, _NO_VALUES)
 
     def set_value(self, tensor: gs.Constant, values: Array) -> None:
         """Replace the values of a constant that no other node reads."""
-        self.weights[tensor.name] = _contiguous(values)
+        self.weights[tensor.name] = self._keep(_contiguous(values))
         self._protos.pop(tensor.name, None)
 
     def variable(self, name: str) -> gs.Variable:
@@ -273,6 +275,10 @@ class Graph:
 
 
 _NO_VALUES = np.zeros(0, np.float32)  # of every graphsurgeon constant: the values are in ``Graph.weights``
+
+
+def _as_it_is(values: Array) -> Array:
+    return values
 
 
 def _contiguous(values: Array) -> Array:

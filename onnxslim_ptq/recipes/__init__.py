@@ -21,9 +21,10 @@ _SUFFIX = ".yaml"
 
 
 def ready_names() -> list[str]:
-    """The names of the ready recipes, sorted."""
+    """The names of the ready recipes, the default first, then by name."""
     files = resources.files(__name__).iterdir()
-    return sorted(file.name.removesuffix(_SUFFIX) for file in files if file.name.endswith(_SUFFIX))
+    names = [file.name.removesuffix(_SUFFIX) for file in files if file.name.endswith(_SUFFIX)]
+    return sorted(names, key=lambda name: (name != "w8a8", name))
 
 
 def unknown_name(name: str) -> RecipeError:

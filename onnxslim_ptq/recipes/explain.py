@@ -7,30 +7,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import ErrorDetails
+
+from onnxslim_ptq.core.config import problem, show
 
 __all__ = ["explain", "meant", "problem", "show"]
 
 Schema = Mapping[str, type[BaseModel]]
 
 
-def problem(text: str, key: str = "") -> PydanticCustomError:
-    """A validator's error; ``key`` extends the path to a key that pydantic has no field for."""
-    return PydanticCustomError("recipe", "{text}", {"text": text, "key": key})
-
-
 def meant(word: object, known: Iterable[str]) -> str:
     """`` (did you mean 'x'?)`` for the nearest of the known words, or nothing."""
     near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.7)
     return f" (did you mean '{near[0]}'?)" if near else ""
-
-
-def show(value: object) -> str:
-    """A value as YAML writes it, cut to a line."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def explain(error: ErrorDetails, schema: Schema, planned: Mapping[str, tuple[str, ...]]) -> str:
@@ -66,7 +55,7 @@ def _what(error: ErrorDetails, schema: Schema, planned: Mapping[str, tuple[str, 
     if kind == "missing":
         accepted = _accepted(names, schema)
         return f"is missing{'; use ' + accepted if accepted else ''}"
-    if kind == "literal_error":
+    if kind in ("literal_error", "enum"):
         accepted = _accepted(names, schema)
         if value in planned.get(".".join(names[-2:]), ()):
             what = f"step type {value!r}" if _parent(names) == "steps" else f"{value!r}"
@@ -89,8 +78,6 @@ def _type(kind: str, value: object, names: list[str], schema: Schema) -> str | N
 
 
 def _cure(kind: str, value: object, names: list[str]) -> str:
-    if kind == "model_type" and value is None and names[-1:] == ["act"]:
-        return "; weight-only quantization is not available yet"
     if kind == "model_type" and isinstance(value, str) and names[-1:] != ["act"] and names[-1:] != ["weight"]:
         return f"; write {{type: {value}}}" if names else ""
     return f"; write [{value!r}]" if kind == "tuple_type" and isinstance(value, str) else ""
@@ -105,5 +92,5 @@ def _accepted(names: list[str], schema: Schema) -> str:
     """The values of a Literal field, the examples of another, or nothing."""
     field = schema[_parent(names)].model_fields[names[-1]]
     literal = get_origin(field.annotation) is Literal
-    values: Sequence[Any] = get_args(field.annotation) if literal else field.examples or ()
+    values: Sequence[Any] = field.examples or (get_args(field.annotation) if literal else ())
     return ", ".join(v if isinstance(v, str) else show(v) for v in values)

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from onnxslim_ptq.core.choice import LayerChoice
-from onnxslim_ptq.core.dtypes import INT8
-from onnxslim_ptq.core.spec import BiasCodes, PerChannel, QParams, QuantPlan, Result, Slot, Use, WeightCodes
+from onnxslim_ptq.core.choice import LayerChoice, StaticActivation
+from onnxslim_ptq.core.qmath import grain_range
+from onnxslim_ptq.core.spec import BiasCodes, QParams, QuantPlan, Result, Slot, Use, WeightCodes
+from onnxslim_ptq.core.targets import Target
 from onnxslim_ptq.export.fusion import stored_weight, unfused_weights
 from onnxslim_ptq.export.qdq import render_qdq
 from onnxslim_ptq.graph.edit import own_constant
@@ -46,19 +47,22 @@ def dry_placement(workspace: Workspace, layers: Layers) -> Placement:
         stuck = unfused_layers(workspace, _dummy_plan(workspace, placement))
         if not stuck:
             break
-        helped = {
-            n for n in stuck if n not in with_output and placement.layers[n][0].op not in target.output_q
-        }
+        helped = {n for n in stuck if n not in with_output and _can_have_output_q(placement, n, target)}
         with_output |= helped
         floats |= {n: NOT_FUSED for n in stuck if n not in helped}
         placement = place(graph, layers, target, with_output, floats)
     return placement
 
 
+def _can_have_output_q(placement: Placement, name: str, target: Target) -> bool:
+    layer, choice = placement.layers[name]
+    return isinstance(choice.activation, StaticActivation) and layer.op not in target.output_q
+
+
 def unfused_layers(workspace: Workspace, plan: QuantPlan) -> set[str]:
     """The layers of ``plan`` whose weight ONNX Runtime's optimized graph still dequantizes."""
     rendered = render_qdq(workspace.model(), plan, workspace.target)
-    stuck = unfused_weights(rendered)
+    stuck = unfused_weights(rendered, workspace.spool)
     stored = stored_weight(rendered.proto, [(u.node, u.port) for u in plan.weights]) if stuck else {}
     return {node for (node, _), name in stored.items() if name in stuck}
 
@@ -87,6 +91,7 @@ def leave_float(plan: QuantPlan, placement: Placement, graph: Graph, name: str) 
 def _dummy_plan(workspace: Workspace, placement: Placement) -> QuantPlan:
     """The placement's plan with made-up numbers: what fuses depends on structure, types and zero points only."""
     plan = placement.plan(workspace.target)
+    plan.weight_codes = workspace.codes()
     graph = workspace.graph
     for key, placed in placement.tensors.items():
         producer = graph.producer(graph.tensor(placed.tensor))
@@ -97,12 +102,10 @@ def _dummy_plan(workspace: Workspace, placement: Placement) -> QuantPlan:
     for use, slot in plan.weights.items():
         layer = placement.layers[use.node][0]
         shape = float_weight(graph, layer).shape
-        axis = slot.spec.grain.axis if isinstance(slot.spec.grain, PerChannel) else None
-        size = () if axis is None else (shape[axis],)
+        codes = np.ones(shape, slot.spec.dtype.dtype)
+        size = grain_range(codes, slot.spec.grain).lo.shape
         params = QParams(slot.spec, np.full(size, _WEIGHT_SCALE), np.zeros(size, np.int64))
-        plan.weight_codes[slot.params] = WeightCodes(
-            np.ones(shape, INT8.dtype), params, "none", layer.weight_name
-        )
+        plan.weight_codes[slot.params] = WeightCodes(codes, params, "none", layer.weight_name)
     for use, slot in plan.biases.items():
         layer = placement.layers[use.node][0]
         size_ = (layer.channels,)

@@ -8,17 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from calib.ranges import MinMax, Mse
 from calib.ranges.grid import range_from
 from calib.stats import HistogramStats, RowStats
-from calib.stats.rows import Patch
+from calib.stats.patch import Patch
 from calib.types import Probe, Range, Stats
 from onnxslim_ptq.core.qmath import fake_quantize, params_from_range
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.linears import Linear
+from onnxslim_ptq.graph.matrix import conv_patch
 from onnxslim_ptq.steps.placement import PlacedTensor
 from onnxslim_ptq.steps.ranges import after_ranges, grid_of, range_probe, require_values
 
@@ -34,30 +34,18 @@ def output_probes(placed: PlacedTensor, graph: Graph) -> list[Probe]:
 
 
 def _rows_fit(graph: Graph, layer: Linear) -> bool:
-    node = graph.node(layer.node)
     if layer.op == "Conv":
-        return node.attrs.get("auto_pad", "NOTSET") in ("NOTSET", "VALID")
-    return layer.op in ("MatMul", "Gemm") and not node.attrs.get("transA", 0)
+        return True
+    return layer.op in ("MatMul", "Gemm") and not graph.node(layer.node).attrs.get("transA", 0)
 
 
 def _row_probe(placed: PlacedTensor, graph: Graph, layer: Linear) -> Probe:
-    patch = _patch(graph, graph.node(layer.node)) if layer.op == "Conv" else Patch()
+    node, patch = graph.node(layer.node), Patch()
+    if layer.op == "Conv":
+        weight = graph.value(node.inputs[layer.weight])
+        assert weight is not None, f"layer {layer.node} lost its weight"
+        patch = conv_patch(node, weight.shape[2:])
     return Probe(placed.tensor, "rows", None, patch.options())
-
-
-def _patch(graph: Graph, node: gs.Node) -> Patch:
-    weight = graph.value(node.inputs[1])
-    assert weight is not None
-    kernel = tuple(int(k) for k in weight.shape[2:])
-    ones, zeros = [1] * len(kernel), [0] * 2 * len(kernel)
-    pads = node.attrs.get("pads", zeros)
-    return Patch(
-        kernel,
-        tuple(node.attrs.get("strides", ones)),
-        tuple(node.attrs.get("dilations", ones)),
-        tuple(pads[: len(kernel)]),
-        tuple(pads[len(kernel) :]),
-    )
 
 
 def output_range(graph: Graph, placed: PlacedTensor, stats: Mapping[Probe, Stats]) -> Range:

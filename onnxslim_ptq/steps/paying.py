@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import onnx_graphsurgeon as gs
 
-from onnxslim_ptq.core.choice import LayerChoice
+from onnxslim_ptq.core.choice import LayerChoice, StaticActivation
 from onnxslim_ptq.core.targets import Target
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.linears import Linear
@@ -47,7 +47,7 @@ def not_paying(
         return floats
     quantized: set[str] = set()
     for name, (layer, choice) in layers.items():
-        if layer.op != "Conv":
+        if layer.op != "Conv" or not isinstance(choice.activation, StaticActivation):
             continue
         node = graph.node(name)
         weight = graph.value(node.inputs[layer.weight])
@@ -55,7 +55,7 @@ def not_paying(
         if depthwise and not _arrives_quantized(graph, node.inputs[layer.activation], quantized):
             floats[name] = _REASON
         else:
-            quantized.add(after_activation(graph, node, choice).name)
+            quantized.add(after_activation(graph, node, choice.activation).name)
     return floats
 
 

@@ -8,9 +8,20 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxslim_ptq.core.choice import LayerChoice
-from onnxslim_ptq.core.dtypes import INT8, INT32
-from onnxslim_ptq.core.spec import PerChannel, PerTensor, QuantPlan, QuantSpec, Result, Slot, Use
+from onnxslim_ptq.core.choice import LayerChoice, PerTokenActivation, StaticActivation
+from onnxslim_ptq.core.dtypes import INT32
+from onnxslim_ptq.core.spec import (
+    Grain,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    QuantPlan,
+    QuantSpec,
+    Result,
+    Slot,
+    Use,
+)
 from onnxslim_ptq.core.targets import BiasForm, Target
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.linears import Linear
@@ -30,7 +41,7 @@ class PlacedTensor:
     params: str
     tensor: str
     spec: QuantSpec
-    choice: LayerChoice
+    choice: StaticActivation
     readers: list[Linear] = field(default_factory=list)
     producers: list[Linear] = field(default_factory=list)
     at_result: bool = False
@@ -57,11 +68,19 @@ class Placement:
             if placed.at_result:
                 plan.activations[Result(placed.tensor)] = Slot(placed.spec, placed.params)
         for layer, choice in self.layers.values():
-            params = produced.get(layer.activation_name) or activation_params(layer, choice)
-            plan.activations[Use(layer.node, layer.activation)] = Slot(self.tensors[params].spec, params)
             plan.weights[Use(layer.node, layer.weight)] = Slot(
                 weight_spec(layer, choice, target), weight_params(layer, choice)
             )
+            site = Use(layer.node, layer.activation)
+            if isinstance(choice.activation, PerTokenActivation):
+                spec = QuantSpec(choice.activation.dtype, PerToken(), symmetric=True)
+                plan.activations[site] = Slot(spec, f"{layer.activation_name}@token")
+            if not isinstance(choice.activation, StaticActivation):
+                continue
+            params = produced.get(layer.activation_name) or activation_params(
+                layer.activation_name, choice.activation
+            )
+            plan.activations[site] = Slot(self.tensors[params].spec, params)
             if layer.bias is not None and target.bias is BiasForm.INT32:
                 plan.biases[Use(layer.node, layer.bias)] = Slot(
                     QuantSpec(INT32, PerChannel(0), True), f"{layer.node}.bias"
@@ -69,19 +88,26 @@ class Placement:
         return plan
 
 
-def activation_params(layer: Linear, choice: LayerChoice) -> str:
+def activation_params(tensor: str, choice: StaticActivation) -> str:
     """Readers of one tensor share its numbers unless they want another type, symmetry or range."""
-    return f"{layer.activation_name}@{choice.activation}{'s' if choice.symmetric else ''}@{choice.range_name}"
+    return f"{tensor}@{choice.dtype}{'s' if choice.symmetric else ''}@{choice.range_name}"
 
 
 def weight_params(layer: Linear, choice: LayerChoice) -> str:
-    axis = layer.channel_axis if choice.per_channel else None
-    return f"{layer.weight_name}@{axis}"
+    """Layers that share a weight share its codes unless they want another form of it."""
+    form = choice.weight
+    axis = layer.channel_axis if form.per_channel else None
+    return f"{layer.weight_name}@{axis}@{form.dtype}{'' if form.symmetric else 'a'}@{form.group}"
 
 
 def weight_spec(layer: Linear, choice: LayerChoice, target: Target) -> QuantSpec:
-    per_channel = choice.per_channel and layer.channel_axis is not None and layer.op in target.per_channel
-    return QuantSpec(INT8, PerChannel(layer.channel_axis or 0) if per_channel else PerTensor(), True)
+    form = choice.weight
+    grain: Grain = PerTensor()
+    if form.per_channel and layer.channel_axis is not None and layer.op in target.per_channel:
+        grain = PerChannel(layer.channel_axis)
+        if form.group is not None and layer.op in ("MatMul", "Gemm"):
+            grain = PerGroup(1 - layer.channel_axis, form.group)
+    return QuantSpec(form.dtype, grain, form.symmetric)
 
 
 def place(
@@ -101,17 +127,20 @@ def place(
             placement.skipped[name] = f"{target.name} has no integer {layer.op}"
             continue
         placement.layers[name] = (layer, choice)
-        spec = QuantSpec(choice.activation, PerTensor(), choice.symmetric)
-        key = activation_params(layer, choice)
-        placed = placement.tensors.setdefault(key, PlacedTensor(key, layer.activation_name, spec, choice))
+        if not isinstance(act := choice.activation, StaticActivation):
+            continue
+        spec = QuantSpec(act.dtype, PerTensor(), act.symmetric)
+        key = activation_params(layer.activation_name, act)
+        placed = placement.tensors.setdefault(key, PlacedTensor(key, layer.activation_name, spec, act))
         placed.readers.append(layer)
     for name, (layer, choice) in placement.layers.items():
-        if layer.op in target.output_q or name in output_q:
-            _quantize_output(graph, placement, layer, choice)
+        wanted = layer.op in target.output_q or name in output_q
+        if wanted and isinstance(choice.activation, StaticActivation):
+            _quantize_output(graph, placement, layer, choice.activation)
     return placement
 
 
-def _quantize_output(graph: Graph, placement: Placement, layer: Linear, choice: LayerChoice) -> None:
+def _quantize_output(graph: Graph, placement: Placement, layer: Linear, choice: StaticActivation) -> None:
     """One Q at the value: it is then quantized for every reader, so a reader that wants other numbers shares these."""
     tensor = after_activation(graph, graph.node(layer.node), choice)
     existing = [p for p in placement.tensors.values() if p.tensor == tensor.name]
@@ -128,12 +157,12 @@ def _quantize_output(graph: Graph, placement: Placement, layer: Linear, choice: 
                 for reader in other.readers
             ]
         return
-    spec = QuantSpec(choice.activation, PerTensor(), choice.symmetric)
-    key = f"{tensor.name}@{choice.activation}{'s' if choice.symmetric else ''}@{choice.range_name}"
+    spec = QuantSpec(choice.dtype, PerTensor(), choice.symmetric)
+    key = activation_params(tensor.name, choice)
     placement.tensors[key] = PlacedTensor(key, tensor.name, spec, choice, producers=[layer], at_result=True)
 
 
-def after_activation(graph: Graph, node: gs.Node, choice: LayerChoice) -> gs.Tensor:
+def after_activation(graph: Graph, node: gs.Node, choice: StaticActivation) -> gs.Tensor:
     """The output of ``node``, or of a Relu or Clip(0, ..) that alone reads it: integer kernels absorb those when the
     lowest code means 0."""
     output = node.outputs[0]

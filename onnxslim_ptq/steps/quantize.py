@@ -16,6 +16,7 @@ from onnxslim_ptq.core.spec import QParams, QuantPlan
 from onnxslim_ptq.steps.output_range import output_probes, output_range
 from onnxslim_ptq.steps.placement import Placement
 from onnxslim_ptq.steps.ranges import after_ranges, candidates, fixed_range, range_probe, range_probes
+from onnxslim_ptq.steps.rounding import round_weights
 from onnxslim_ptq.steps.weights import add_bias_codes, add_weight_codes, correct_biases, mean_probe
 from onnxslim_ptq.workspace import Workspace
 
@@ -45,7 +46,9 @@ def probes(workspace: Workspace, placement: Placement) -> list[Probe]:
 def apply(workspace: Workspace, placement: Placement, stats: Mapping[Probe, Stats]) -> QuantPlan:
     """Fill the placement's plan with numbers and codes; biases of the float graph are corrected on the way."""
     plan = placement.plan(workspace.target)
+    plan.weight_codes = workspace.codes()
     layers = {name: layer for name, (layer, _) in placement.layers.items()}
+    round_weights(workspace, plan, placement.layers)
     add_weight_codes(workspace.graph, plan, layers, workspace.reduce_range)
     corrected = [layer for layer, choice in placement.layers.values() if choice.bias_correction]
     means = {p: s for p, s in stats.items() if isinstance(s, MeanStats)}
@@ -81,7 +84,7 @@ def _ranges(
             ranges[key] = (fixed_range(placed, stats), placed.choice.range_name)
     if searched:
         found = _candidates(workspace, placement, searched)
-        samples = _judged_samples(searched.values(), len(workspace.calibration))
+        samples = _judged_samples(searched.values(), workspace.samples)
         ranges |= _best_assignment(workspace, placement, plan, ranges, found, plain, samples)
     return {key: ranges[key] for key in placement.tensors}
 

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
+import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from calib.stats import MeanStats
-from calib.types import Probe
-from onnxslim_ptq.core.qmath import channel_range, dequantize, params_from_range, quantize, quantize_bias
-from onnxslim_ptq.core.spec import BiasCodes, QParams, QuantPlan, Slot, Use, WeightCodes
+from calib.types import Array, Probe
+from onnxslim_ptq.core.dtypes import INT8
+from onnxslim_ptq.core.qmath import dequantize, grain_range, params_from_range, quantize, quantize_bias
+from onnxslim_ptq.core.spec import BiasCodes, QParams, QuantPlan, QuantSpec, Slot, Use, WeightCodes
 from onnxslim_ptq.graph.edit import own_constant, per_channel_values
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.linears import Linear
 
-__all__ = ["add_bias_codes", "add_weight_codes", "correct_biases", "mean_probe"]
+__all__ = [
+    "add_bias_codes",
+    "add_weight_codes",
+    "correct_biases",
+    "correctable",
+    "float_weight",
+    "mean_probe",
+    "output_shift",
+    "start_numbers",
+]
 
 _LARGEST_MAGNITUDE = {False: 127, True: 64}
 _BIAS_ROOM = 2.0**30  # codes a bias may use; half of int32, so that the accumulator keeps the other half
@@ -30,19 +42,30 @@ def float_weight(graph: Graph, layer: Linear) -> NDArray[np.float32]:
 
 
 def add_weight_codes(graph: Graph, plan: QuantPlan, layers: dict[str, Linear], reduce_range: bool) -> None:
-    """Round every planned weight to nearest: scale = max|w| per channel / 127 (/ 64 with ``reduce_range``)."""
+    """Round every planned weight that has no codes yet to nearest."""
     for use, slot in plan.weights.items():
         if slot.params in plan.weight_codes:
             continue
         layer = layers[use.node]
         weight = float_weight(graph, layer)
-        axis = QParams(slot.spec, np.ones(()), np.zeros((), np.int64)).axis
-        params = params_from_range(
-            channel_range(weight, axis), slot.spec, codes=_LARGEST_MAGNITUDE[reduce_range]
-        )
+        params, _ = start_numbers(weight, slot.spec, reduce_range)
         plan.weight_codes[slot.params] = WeightCodes(
             quantize(weight, params), params, "rtn", layer.weight_name
         )
+
+
+def start_numbers(
+    weight: NDArray[np.float32], spec: QuantSpec, reduce_range: bool
+) -> tuple[QParams, tuple[int, int]]:
+    """Numbers that cover the weight's extremes, and the lowest and highest code it may use.
+
+    Symmetric int8: scale = max|w| / 127, codes -127..127 (64 with ``reduce_range``); smaller types use all codes.
+    """
+    largest = _LARGEST_MAGNITUDE[reduce_range] if spec.dtype is INT8 else None
+    params = params_from_range(grain_range(weight, spec.grain), spec, codes=largest)
+    if largest is not None and spec.symmetric:
+        return params, (-largest, largest)
+    return params, (spec.dtype.lowest, spec.dtype.highest)
 
 
 def mean_probe(layer: Linear) -> Probe:
@@ -61,6 +84,8 @@ def correct_biases(
     """
     changed = 0
     for layer in layers:
+        if not correctable(graph, layer):
+            continue
         slot = plan.weights[Use(layer.node, layer.weight)]
         weight = float_weight(graph, layer)
         codes = plan.weight_codes[slot.params]
@@ -68,13 +93,20 @@ def correct_biases(
         seen = means[mean_probe(layer)]
         if seen.count == 0:
             continue  # whoever looks for the tensor's range tells that nothing finite was seen
-        shift = _through(layer, graph, error, seen.mean)
+        shift = output_shift(layer, graph, error, seen.mean)
         if shift is not None and np.isfinite(shift).all() and shift.any():
             changed += _add_to_bias(graph, plan, layer, shift)
     return changed
 
 
-def _through(layer: Linear, graph: Graph, error: Floats, mean: Floats) -> Floats | None:
+def correctable(graph: Graph, layer: Linear) -> bool:
+    """Whether the mean error of the layer's weight can be taken out (see `correct_biases`)."""
+    if layer.op == "MatMul":
+        return _following_bias(graph, layer, layer.channels) is not None
+    return layer.op == "Conv" or (layer.op == "Gemm" and not graph.node(layer.node).attrs.get("transA", 0))
+
+
+def output_shift(layer: Linear, graph: Graph, error: Floats, mean: Floats) -> Floats | None:
     """The weight error applied to the mean input, [channels], or None where the shapes leave no single answer."""
     node = graph.node(layer.node)
     if layer.op == "Conv":
@@ -101,17 +133,26 @@ def _add_to_bias(graph: Graph, plan: QuantPlan, layer: Linear, shift: Floats) ->
 
 
 def _add_to_following(graph: Graph, plan: QuantPlan, layer: Linear, shift: Floats) -> int:
-    output = graph.node(layer.node).outputs[0]
-    add = graph.sole_consumer(output)
-    if add is None or add.op != "Add":
+    found = _following_bias(graph, layer, shift.size)
+    if found is None:
         return 0
-    port = 1 if add.inputs[0] is output else 0
-    old = graph.value(add.inputs[port])
-    if old is None or old.shape != shift.shape or per_channel_values(old, shift.size, 1, 0) is None:
-        return 0
+    add, port, old = found
     plan.uncorrected.setdefault(layer.node, (add.name, port, old))
     own_constant(graph, add, port, np.asarray(old.astype(np.float64) + shift, old.dtype))
     return 1
+
+
+def _following_bias(graph: Graph, layer: Linear, channels: int) -> tuple[gs.Node, int, Array] | None:
+    """The Add that alone reads the layer's output, and the port and values of the constant per channel it adds."""
+    output = graph.node(layer.node).outputs[0]
+    add = graph.sole_consumer(output)
+    if add is None or add.op != "Add":
+        return None
+    port = 1 if add.inputs[0] is output else 0
+    old = graph.value(add.inputs[port])
+    if old is None or old.shape != (channels,) or per_channel_values(old, channels, 1, 0) is None:
+        return None
+    return add, port, old
 
 
 def add_bias_codes(graph: Graph, plan: QuantPlan, layers: dict[str, Linear]) -> None:
@@ -168,6 +209,12 @@ def _make_room(graph: Graph, plan: QuantPlan, layer: Linear, slot: Slot, least: 
     if np.array_equal(raised, old.params.scale):
         return
     params = QParams(old.params.spec, raised, np.zeros(raised.shape, np.int64))
-    plan.weight_codes[slot.params] = WeightCodes(quantize(weight, params), params, old.rounder, old.name)
+    codes = quantize(weight, params)
+    if axis is not None:  # what a rounder chose for the other channels stays
+        same = (raised == old.params.scale).reshape(
+            [-1 if i == axis % weight.ndim else 1 for i in range(weight.ndim)]
+        )
+        codes = np.where(same, old.codes, codes)
+    plan.weight_codes[slot.params] = replace(old, codes=codes, params=params)
     if count := int((raised > old.params.scale).sum()):
         plan.notes.append(f"{layer.node}: {count} weight scales raised so that the bias fits int32")

@@ -85,7 +85,7 @@ def test_a_disagreement_of_optimizations_is_a_warning(monkeypatch: pytest.Monkey
     real, seen = module._loaded, []
     proto = mlp()
 
-    def loaded(model: object, options: object) -> object:
+    def loaded(model: object, options: object, spool: object) -> object:
         seen.append(options)
         noisy = mlp()
         values = numpy_helper.to_array(noisy.graph.initializer[0])
@@ -94,7 +94,7 @@ def test_a_disagreement_of_optimizations_is_a_warning(monkeypatch: pytest.Monkey
         noisy.graph.initializer[0].CopyFrom(
             numpy_helper.from_array(values + noise, noisy.graph.initializer[0].name)
         )
-        return real(open_model(noisy), options)  # type: ignore[arg-type]
+        return real(open_model(noisy), options, None)  # type: ignore[arg-type]
 
     monkeypatch.setattr(module, "_loaded", loaded)
     (warning,) = verify(open_model(proto), open_model(proto), data_of(proto)).warnings

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from calib.errors import CalibrationError
 from calib.stats import MeanStats, RowStats
 from calib.stats.minmax import MinMaxStats
-from calib.stats.rows import Patch
+from calib.stats.patch import Patch
 from calib.types import Probe, SampleId
 
 

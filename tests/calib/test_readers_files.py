@@ -70,7 +70,7 @@ class TestFolder:
 
     def test_folder_in_folder(self, tmp_path: Path) -> None:
         (tmp_path / "sub.npz").mkdir()
-        with pytest.raises(CalibrationError, match=r"sub\.npz: not a sample file"):
+        with pytest.raises(CalibrationError, match=r"sub\.npz: is a folder in a folder"):
             open_data([tmp_path], [X])
 
     def test_empty(self, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from calib import collect as exported
 from calib.errors import CalibrationError, DeviceError, GraphError
 from calib.model import open_model
+from calib.provider import SessionOptions
 from calib.readers import from_iterable
 from calib.runner import Progress, collect, run_model, run_session, tap
 from calib.stats import COLLECTORS, MinMaxStats
@@ -93,7 +94,7 @@ class TestCollect:
                 )
 
     def test_samples_are_streamed(self) -> None:
-        """The next sample is not asked for before this one was used."""
+        """No more samples are in hand than lanes; the next is asked for when one was used."""
         events: list[str] = []
 
         class Watched:
@@ -108,8 +109,12 @@ class TestCollect:
         def listener(progress: Progress) -> None:
             events.append(f"done {progress.done}/{progress.total}")
 
-        collect(open_model(mlp()), [Probe("r1", "minmax")], Watched(), listener=listener)
+        one, two = SessionOptions(threads=1), SessionOptions(threads=2)
+        collect(open_model(mlp()), [Probe("r1", "minmax")], Watched(), options=one, listener=listener)
         assert events == ["made 0", "done 1/3", "made 1", "done 2/3", "made 2", "done 3/3"]
+        events.clear()
+        collect(open_model(mlp()), [Probe("r1", "minmax")], Watched(), options=two, listener=listener)
+        assert events == ["made 0", "made 1", "done 1/3", "made 2", "done 2/3", "done 3/3"]
         assert threading.active_count() < 20, "the pool is gone"
 
     def test_the_model_is_not_changed(self) -> None:

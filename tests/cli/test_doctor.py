@@ -90,20 +90,41 @@ def test_unusable_is_exit_code_4(as_json: bool, monkeypatch: pytest.MonkeyPatch,
         assert json.loads(text)["exit_code"] == 4
     else:
         assert "problem: the folder of onnxruntime is gutted" in text
+        assert "--device npu does not work: ONNX Runtime cannot be used" in text
 
 
 def test_a_provider_that_does_not_work_says_why(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    reason = "the CANN toolkit is not found (libascendcl.so is missing); source its set_env.sh"
+
     def answer(provider: str) -> dict[str, Any]:
         if provider == "CANNExecutionProvider":
-            return {
-                "error": "libascendcl.so is not found: /build/x.cc:9 f(const A&) create CANN ExecutionProvider fail"
-            }
-        return {"version": "1.31.1", "providers": ["CANNExecutionProvider", "CPUExecutionProvider"]}
+            return {"error": f"device 'npu:0' is not available: {reason}"}
+        if provider == "QNNExecutionProvider":
+            return {"error": "/build/x.cc:9 f(const A&) cannot start"}
+        return {
+            "version": "1.31.1",
+            "providers": ["CANNExecutionProvider", "QNNExecutionProvider", "CPUExecutionProvider"],
+        }
 
     monkeypatch.setattr(doctor, "_ask_child", answer)
     assert main(["doctor"]) == 0
-    text = capsys.readouterr().out
-    assert "the CANN toolkit is missing; install it and source its set_env.sh" in text
+    lines = capsys.readouterr().out.splitlines()
+    assert f"--device npu does not work: {reason}" in lines
+    assert "--device cpu works" in lines
+    cuda = next(line for line in lines if line.startswith("--device cuda"))
+    assert "this onnxruntime has no CUDAExecutionProvider; " in cuda
+    assert "pip install onnxruntime-gpu" in cuda
+    assert any(
+        line.split()[:2] == ["QNNExecutionProvider", "no"] and "cannot start" in line for line in lines
+    )
+
+
+@pytest.mark.parametrize("provider", ["CANNExecutionProvider", "CUDAExecutionProvider"])
+def test_accelerators_are_tried_as_quantize_uses_them(provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("calib.provider.require_device", asked.append)
+    assert "error" not in doctor._child(provider)
+    assert asked == [{"CANNExecutionProvider": "npu", "CUDAExecutionProvider": "cuda"}[provider]]
 
 
 def test_a_provider_this_build_lacks_is_never_replaced() -> None:

@@ -50,9 +50,20 @@ def test_names(capsys: Captured) -> None:
     ]  # fmt: skip
 
 
-def test_groups_are_to_come(capsys: Captured) -> None:
-    assert main(["inspect", MODEL, "--groups"]) == 2
-    assert "not available yet" in capsys.readouterr().err
+def test_groups(capsys: Captured) -> None:
+    assert main(["inspect", MODEL, "--groups"]) == 0
+    text = capsys.readouterr().out
+    lines = text.splitlines()
+    assert lines[0].split() == ["KIND", "SOURCE", "LAYERS", "CHANNELS", "SCALES", "SHIFT"]
+    assert lines[1].split()[0] == "conv-conv"
+    assert "groups absorb a scale" in text
+    assert main(["inspect", MODEL, "--groups", "--json"]) == 0
+    groups = json.loads(capsys.readouterr().out)["groups"]
+    assert len(groups) == len([line for line in lines if line.split()[0] in {g["kind"] for g in groups}])
+    assert [bool(g["reason"]) for g in groups] == [g["kind"] == "unfused" for g in groups]
+    assert len({layer for g in groups for layer in g["layers"]}) == sum(len(g["layers"]) for g in groups)
+    assert main(["inspect", MODEL, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["groups"] is None
 
 
 @pytest.mark.parametrize(
@@ -109,7 +120,7 @@ def test_real_models(name: str, capsys: Captured) -> None:
         path = load(name).model
     except ZooUnavailable as reason:
         pytest.skip(str(reason))
-    for option in ([], ["--json"], ["--names"], ["-v"]):
+    for option in ([], ["--json"], ["--names"], ["--groups"], ["-v"]):
         assert main(["inspect", str(path), *option]) == 0
     found = inspect_model(path)
     assert found.layers or found.not_quantizable or found.quantized_nodes

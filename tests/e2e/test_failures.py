@@ -165,9 +165,9 @@ class TestSaturation:
 
     def test_automatic(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """`auto` asks the processor, and only when that is what the model will run on."""
-        from onnxslim_ptq import api
+        from onnxslim_ptq import asked
 
-        monkeypatch.setattr(api, "saturates", lambda: True)
+        monkeypatch.setattr(asked, "saturates", lambda: True)
         largest = {
             t: max(
                 int(np.abs(c.codes.astype(int)).max())

@@ -154,7 +154,8 @@ def test_tables() -> None:
         "b": {"nodes": ["two"], "scale_from": ["x", "w"], "dtype": "int32", "clipped": 0}
     }
     assert document["skipped"] == {"relu": "no weight"}
-    assert document["calibration"] == {"samples": 64, "device": "cpu", "sha256": "1" * 64}
+    calibration = {"samples": 64, "device": "cpu", "sha256": "1" * 64, "prepared": []}
+    assert document["calibration"] == calibration
 
 
 def test_scales_survive_exactly() -> None:

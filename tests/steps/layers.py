@@ -12,7 +12,7 @@ from calib.model import open_model
 from calib.ranges import MinMax
 from calib.readers import from_iterable
 from calib.types import Feed, Probe, Stats
-from onnxslim_ptq.core.choice import LayerChoice
+from onnxslim_ptq.core.choice import LayerChoice, StaticActivation
 from onnxslim_ptq.core.dtypes import UINT8
 from onnxslim_ptq.core.spec import QuantPlan
 from onnxslim_ptq.core.targets import TARGETS
@@ -23,16 +23,25 @@ from onnxslim_ptq.steps.placement import Placement, place
 from onnxslim_ptq.workspace import Workspace
 from tests.models import feeds_for
 
-__all__ = ["PLAIN", "apply_step", "choose", "place_all", "workspace_of"]
+__all__ = ["PLAIN", "apply_step", "choose", "place_all", "with_activation", "workspace_of"]
 
-PLAIN = LayerChoice(UINT8, False, MinMax(), "minmax", True, False)
+PLAIN = LayerChoice(StaticActivation(UINT8, False, MinMax(), "minmax"))
+
+
+def with_activation(choice: LayerChoice = PLAIN, **changes: Any) -> LayerChoice:
+    """``choice`` with other fields of its static activation."""
+    assert isinstance(choice.activation, StaticActivation)
+    return replace(choice, activation=replace(choice.activation, **changes))
+
+
 Layers = dict[str, tuple[Linear, LayerChoice]]
 
 
 def choose(graph: Graph, choice: LayerChoice = PLAIN, **others: Mapping[str, Any]) -> Layers:
-    """Every layer of ``graph`` with ``choice``, or with the changes given under its node name."""
+    """Every layer of ``graph`` with ``choice``, its activation with the changes given under the node name."""
     linears, _ = find_linears(graph)
-    return {lin.node: (lin, replace(choice, **others.get(lin.node, {}))) for lin in linears}
+    changed = {name: with_activation(choice, **changes) for name, changes in others.items()}
+    return {lin.node: (lin, changed.get(lin.node, choice)) for lin in linears}
 
 
 def workspace_of(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
 
 from calib.ranges import Percentile
+from onnxslim_ptq.core.choice import WeightForm
 from onnxslim_ptq.core.dtypes import INT8, UINT8
 from onnxslim_ptq.core.spec import PerChannel, PerTensor, QuantPlan, Result, Use
 from onnxslim_ptq.core.targets import TARGETS
@@ -22,7 +25,7 @@ CONV = weights_of(1, w=(8, 3, 1, 1), b=(8,), u=(4, 8, 1, 1), v=(4, 8, 1, 1))
 def placed(body: str, target: str = "cpu", **changes: object) -> tuple[Graph, Placement, QuantPlan]:
     graph = graph_of(f"g (float[N,3,8,8] x) => (float[N,4,8,8] y) {{ {body} }}", CONV)
     row = TARGETS[target]
-    choice = {"activation": row.activation, "symmetric": row.symmetric_activation, **changes}
+    choice = {"dtype": row.activation, "symmetric": row.symmetric_activation, **changes}
     placement = place(graph, choose(graph, PLAIN, **dict.fromkeys(("c1", "c2", "c3"), choice)), row)
     return graph, placement, placement.plan(row)
 
@@ -168,7 +171,9 @@ class TestTargets:
         assert grains == {"c1": PerChannel(0), "MatMul_m": PerTensor()}
 
     def test_per_tensor_weights_on_request(self) -> None:
-        _, _, plan = placed("[c1] y = Conv (x, w, b)", per_channel=False)
+        graph = graph_of("g (float[N,3,8,8] x) => (float[N,8,8,8] y) { [c1] y = Conv (x, w, b) }", CONV)
+        choice = replace(PLAIN, weight=WeightForm(per_channel=False))
+        plan = place(graph, choose(graph, choice), TARGETS["cpu"]).plan(TARGETS["cpu"])
         assert plan.weights[Use("c1", 1)].spec.grain == PerTensor()
 
     def test_layers_that_stay_float(self) -> None:

@@ -25,7 +25,7 @@ from onnxslim_ptq.steps.placement import PlacedTensor, place
 from onnxslim_ptq.steps.ranges import after_ranges, grid_of
 from tests.graph.models import graph_of, parse
 from tests.models import cnn, feeds_for, mlp, weights_of
-from tests.steps.layers import PLAIN, apply_step, choose, workspace_of
+from tests.steps.layers import PLAIN, apply_step, choose, with_activation, workspace_of
 
 SPEC = QuantSpec(UINT8, PerTensor(), False)
 CONV = weights_of(1, w=(8, 3, 1, 1), b=(8,), u=(4, 8, 1, 1))
@@ -162,7 +162,7 @@ class TestAfterRanges:
         assert np.isfinite([rng.lo, rng.hi]).all()
 
 
-OUTPUT = replace(PLAIN, range=OUTPUT_MSE, range_name=OUTPUT_MSE)
+OUTPUT = with_activation(range=OUTPUT_MSE, range_name=OUTPUT_MSE)
 READERS = {
     "matmul": ("g (float[N,16] x) => (float[N,8] y) { [l] y = MatMul (x, w) }", {"w": (16, 8)}),
     "matmul batch": (
@@ -252,7 +252,7 @@ class TestOutputRange:
         for (a, _), (b, _) in zip(clean.ranges.values(), broken.ranges.values(), strict=True):
             assert (float(a.lo), float(a.hi)) == (float(b.lo), float(b.hi))
 
-    @pytest.mark.parametrize("choice", [OUTPUT, replace(PLAIN, range=AUTO, range_name=AUTO), PLAIN])
+    @pytest.mark.parametrize("choice", [OUTPUT, with_activation(range=AUTO, range_name=AUTO), PLAIN])
     def test_nothing_finite_names_the_tensor(self, choice: object) -> None:
         proto = parse(READERS["matmul"][0], weights_of(3, w=(16, 8)))
         workspace = workspace_of(proto, [{"x": np.full((2, 16), np.nan, np.float32)}], "generic")
@@ -306,7 +306,7 @@ class TestJudge:
         proto = mlp()
         feeds = [{"x": np.asarray(f["x"] ** 5, np.float32)} for f in feeds_for(proto)]
         scores = {}
-        for name, choice in (("auto", replace(PLAIN, range=AUTO, range_name=AUTO)), ("minmax", PLAIN)):
+        for name, choice in (("auto", with_activation(range=AUTO, range_name=AUTO)), ("minmax", PLAIN)):
             workspace = workspace_of(proto, feeds)
             exact = workspace.model()
             plan, _ = apply_step(workspace, choice)
@@ -319,7 +319,7 @@ class TestJudge:
             weights_of(3, w=(16, 8)),
         )
         workspace = workspace_of(proto)
-        plan, _ = apply_step(workspace, replace(PLAIN, range=AUTO, range_name=AUTO))
+        plan, _ = apply_step(workspace, with_activation(range=AUTO, range_name=AUTO))
         assert 20 < workspace.judge(plan, 4, workspace.model()).score(plan.params) < 80
 
     def test_float16(self) -> None:
@@ -329,5 +329,5 @@ class TestJudge:
         )
         proto.graph.initializer.extend(half.values())
         workspace = workspace_of(proto)
-        plan, _ = apply_step(workspace, replace(PLAIN, range=AUTO, range_name=AUTO))
+        plan, _ = apply_step(workspace, with_activation(range=AUTO, range_name=AUTO))
         assert workspace.judge(plan, 4, workspace.model()).score(plan.params) > 25

@@ -211,3 +211,12 @@ def test_a_job_that_fails_or_takes_too_long_is_one_line() -> None:
         run_job({"do": "float", "model": "nothing"}, Limits(4096, 60))
     with pytest.raises(JobError, match="stopped after 0 s"):
         run_job({"do": "float", "model": "nothing"}, Limits(4096, 0))
+
+
+def test_the_calib_table_names_its_models(capsys: pytest.CaptureFixture[str]) -> None:
+    from tools.bench import calib
+
+    with pytest.raises(SystemExit) as stopped:
+        calib.main(["--models", "cls"])
+    assert stopped.value.code == 2
+    assert "no sweep of 'cls'" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`python -m tools.bench [main | ranges | render] [--models …]`: see docs/benchmarks.md."""
+"""`python -m tools.bench [main | ranges | quality | blockwise | calib | render] [--models …]`: docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -10,16 +10,22 @@ from pathlib import Path
 
 from tools.zoo import names
 
-from .compare import Bench, compare, recipes
+from . import blockwise, calib
+from .compare import Bench, compare, quality, recipes
 from .machine import ROOT, stamp
 from .records import Results, Table, read_results, write_results
-from .settings import MODELS, RANGE_MODELS, RECIPES
+from .settings import MODELS, QUALITY, RANGE_MODELS, RECIPES
 from .spawn import JobError, Limits, default_memory_mb
 from .tables import SECTIONS, refresh, section
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure and write; 2 when an argument is wrong or a float model cannot be had."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["blockwise"]:  # limits of its own, and a table that only says whether they were kept
+        return blockwise.main(given[1:])
+    if given[:1] == ["calib"]:
+        return calib.main(given[1:])
     options = _options(arguments)
     results = read_results(options.json)
     failed = False
@@ -41,10 +47,10 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         nargs="?",
         default="main",
         choices=[*SECTIONS, "render"],
-        help="main: against quantize_static; ranges: our recipes; render: only write --json again as text",
+        help="main: against quantize_static; ranges, quality: our recipes; render: only write --json again as text",
     )
     parser.add_argument("--models", help=f"comma-separated zoo names (default: {','.join(MODELS)})")
-    parser.add_argument("--recipes", help="ranges: comma-separated recipes (default: all static ones)")
+    parser.add_argument("--recipes", help="ranges, quality: comma-separated recipes")
     parser.add_argument("--ours-only", action="store_true", help="main: without quantize_static")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "docs" / "benchmarks.md", help="Markdown file to refresh"
@@ -63,7 +69,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--models: no zoo case {unknown[0]!r}; known: {', '.join(names())}")
     if options.what == "render" and not options.json:
         parser.error("render needs --json, the results of an earlier run")
-    options.recipes = options.recipes.split(",") if options.recipes else list(RECIPES)
+    known = {"ranges": RECIPES, "quality": QUALITY}.get(options.what, ())
+    options.recipes = options.recipes.split(",") if options.recipes else list(known)
     shown = sys.argv[1:] if arguments is None else arguments
     options.command = shlex.join(["python", "-m", "tools.bench", *shown])
     return options
@@ -91,6 +98,8 @@ def _one(options: argparse.Namespace, model: str, limits: Limits, marks: dict[st
         bench = Bench(model, Path(folder), limits, marks, options.rounds)
         if options.what == "ranges":
             return recipes(bench, options.recipes)
+        if options.what == "quality":
+            return quality(bench, options.recipes)
         return compare(bench, options.ours_only)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -102,16 +103,18 @@ class Bench:
         raise failed or JobError("nothing to try")
 
     def latencies(self) -> None:
-        """Fill in the latencies of all rows that work, measured in turns."""
-        files = [str(file) for _, file in self._files]
-        try:
-            times = self.job("latency", f"{len(files)} results", files=files, rounds=self.rounds)["ms"]
-        except JobError as error:
-            print(f"[{self.model}] no latencies: {error}", file=sys.stderr)
-            return
-        self.table.latency_ms = times[0]
-        for (row, _), time in zip(self._files, times[1:], strict=True):
-            row.latency = time / times[0]
+        """Fill in the latencies of all rows that work, each measured in turns with the float model."""
+        floats = []
+        for row, file in self._files:
+            what = f"{row.tool}, {row.setting}"
+            try:
+                exact, other = self.job("latency", what, files=[str(file)], rounds=self.rounds)["ms"]
+            except JobError as error:
+                print(f"[{self.model}] no latency: {error}", file=sys.stderr)
+                continue
+            floats.append(exact)
+            row.latency = other / exact
+        self.table.latency_ms = statistics.median(floats) if floats else None
 
 
 def compare(bench: Bench, ours_only: bool) -> Table:
@@ -127,4 +130,12 @@ def recipes(bench: Bench, names: Sequence[str]) -> Table:
     """All rows of the ranges section for one model: a recipe that ruins the model is a figure, not a failure."""
     for name in names:
         bench.ours(name, name, min_sqnr=0)
+    return bench.table
+
+
+def quality(bench: Bench, names: Sequence[str]) -> Table:
+    """All rows of the quality section for one model: recipes that trade time against accuracy, with latencies."""
+    for name in names:
+        bench.ours(name, name, min_sqnr=0)
+    bench.latencies()
     return bench.table

@@ -8,8 +8,12 @@ from pathlib import Path
 from .goals import Verdict, judge, title
 from .records import OURS, Row, Table
 
-TITLE = "# Benchmarks\n\nWritten by `python -m tools.bench`; do not edit by hand.\n"
-SECTIONS = ("main", "ranges")
+TITLE = """# Benchmarks
+
+Written by `python -m tools.bench`; do not edit by hand.
+The cost of calibration sweeps has a page of its own: [benchmarks-calib.md](benchmarks-calib.md).
+"""
+SECTIONS = ("main", "ranges", "quality", "blockwise")
 
 _MAIN = """## Against `onnxruntime.quantization.quantize_static`
 
@@ -21,7 +25,8 @@ W8A8 from the same 64 calibration samples, on the CPU. Every run has its own pro
   the bound, plain float inference + 1.5 × model + 150 MB.
 - `size`: of the file, over the float file's. `SQNR dB`: worst float output over all evaluation samples,
   10 log10(Σ y² / Σ (y − ŷ)²).
-- `latency`: over the float model's; medians of rounds in which all models take turns, 2 threads, one sample.
+- `latency`: over the float model's; medians of rounds in which the two take turns in a process of their own, 2
+  threads, one sample.
 
 `quantize_static` gets its best settings: constants lifted, opset 13 or newer, `quant_pre_process`, `per_channel`,
 uint8 activations, int8 weights (symbolic shape inference where sympy is installed and copes with the model). One row
@@ -32,6 +37,12 @@ _RANGES = """## Ready recipes
 
 What each way of finding activation ranges does to the same models; all else is as in the default, `w8a8`. SQNR,
 metrics and time as in the comparison with `quantize_static`.
+"""
+
+_QUALITY = """## Smoothing, rounding and other forms
+
+Recipes beside the default, `w8a8`, from the same 64 calibration samples, with every recipe's result written whatever
+its SQNR (`--min-sqnr 0`). `seconds`: from the file as shipped to the written result; `latency` as above.
 """
 
 
@@ -53,8 +64,12 @@ def number(value: float | None, digits: int) -> str:
 
 def section(name: str, tables: Mapping[str, Table]) -> str:
     """The text of a section."""
-    one = {"main": main_table, "ranges": ranges_table}[name]
-    parts = [_MAIN if name == "main" else _RANGES, *stamps(tables.values())]
+    one, intro = {
+        "main": (main_table, _MAIN),
+        "ranges": (ranges_table, _RANGES),
+        "quality": (quality_table, _QUALITY),
+    }[name]
+    parts = [intro, *stamps(tables.values())]
     parts += [f"### {table.model}\n\n{one(table)}" for table in tables.values()]
     if name == "main":
         parts.append("### Goals\n\n" + goals_table([v for table in tables.values() for v in judge(table)]))
@@ -122,6 +137,26 @@ def ranges_table(table: Table) -> str:
             f"`{row.setting}`" + (f" **failed:** {row.error}" if row.error else ""),
             number(row.sqnr, 1),
             *(number(row.metrics.get(metric), 4) for metric in metrics),
+            number(row.quantize_s, 1),
+        ]
+        for row in table.rows
+    ]
+    return markdown(headings, rows)
+
+
+def quality_table(table: Table) -> str:
+    """Recipes by SQNR, task metrics, size, latency and time."""
+    metrics = list(table.metrics)
+    titles = [f"{title(m)} (float {table.metrics[m]:.4f})" for m in metrics]
+    headings = ["recipe", "SQNR dB", *titles, "size", "latency", "peak MB", "seconds"]
+    rows = [
+        [
+            f"`{row.setting}`" + (f" **failed:** {row.error}" if row.error else ""),
+            number(row.sqnr, 1),
+            *(number(row.metrics.get(metric), 4) for metric in metrics),
+            number(row.size_ratio, 2),
+            number(row.latency, 2),
+            number(row.peak_mb, 0),
             number(row.quantize_s, 1),
         ]
         for row in table.rows

@@ -19,6 +19,7 @@ from tools.zoo import Case, load
 from tools.zoo.case import Feed
 from tools.zoo.session import evaluate, open_session
 
+from . import calib
 from .subset import pick
 
 _WARM_UP = 3
@@ -31,6 +32,8 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         "quantize": quantize,
         "measure": measure,
         "latency": latency,
+        "sweeps": calib.sweeps,
+        "calibrator": calib.calibrator,
     }
     arguments = dict(job)
     try:
@@ -129,7 +132,7 @@ def measure(case: Case, file: str) -> dict[str, Any]:
 
 
 def latency(case: Case, files: Sequence[str], rounds: int) -> dict[str, Any]:
-    """Median milliseconds of the float model and of every file, all of them taking turns in every round."""
+    """Median milliseconds of the float model and of every file, taking turns in every round."""
     from .timing import medians_ms
 
     sessions = [open_session(Path(file), threads=2) for file in (case.model, *files)]

@@ -10,7 +10,7 @@ from calib.types import Array
 from onnxslim_ptq.graph.edit import is_standard, own_constant
 from onnxslim_ptq.graph.graph import Graph
 
-__all__ = ["output_channels", "scale_layer"]
+__all__ = ["along_outputs", "output_channels", "scale_layer"]
 
 Floats = NDArray[np.float64]
 
@@ -51,7 +51,7 @@ def scale_layer(graph: Graph, layer: gs.Node, factor: Floats, shift: Floats) -> 
     has_bias = len(layer.inputs) > 2 and bool(layer.inputs[2].name)
     bias = graph.value(layer.inputs[2]) if has_bias else None
     with np.errstate(all="ignore"):
-        along = _along_outputs(layer, weight, factor)
+        along = along_outputs(layer, weight, factor)
         scaled = np.multiply(weight, along, dtype=np.float64)
         new_bias = (np.zeros(factor.size) if bias is None else np.asarray(bias, np.float64)) * factor + shift
         narrow = np.asarray(scaled, weight.dtype), np.asarray(new_bias, weight.dtype)
@@ -70,7 +70,7 @@ def scale_layer(graph: Graph, layer: gs.Node, factor: Floats, shift: Floats) -> 
 _LOST = 0.01
 
 
-def _along_outputs(layer: gs.Node, weight: Array, factor: Floats) -> Floats:
+def along_outputs(layer: gs.Node, weight: Array, factor: Floats) -> Floats:
     """``factor`` shaped so that it broadcasts over ``weight`` along its output channels."""
     if layer.op == "Gemm":
         return factor.reshape(-1, 1) if layer.attrs.get("transB", 0) else factor.reshape(1, -1)

@@ -1,0 +1,164 @@
+"""``calibrate MODEL STATS``: gathers what a recipe needs to know about the data, for ``quantize --stats``."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from onnxslim_ptq.commands.console import Bars, emit_json, program, say, size, warn
+from onnxslim_ptq.commands.options import (
+    AllowQuantized,
+    Calib,
+    Device,
+    Exclude,
+    Include,
+    Json,
+    Nan,
+    Preprocess,
+    Quiet,
+    Ray,
+    Recipe,
+    ReduceRange,
+    Resume,
+    Samples,
+    Stacked,
+    Target,
+    Threads,
+    Tokenizer,
+    Verbose,
+    Workers,
+)
+from onnxslim_ptq.errors import QuantizationError
+
+if TYPE_CHECKING:
+    from calib.store import Statistics
+
+__all__ = ["calibrate", "say_statistics", "show_statistics"]
+
+Model = Annotated[Path, typer.Argument(metavar="MODEL", show_default=False, help="The float ONNX model.")]
+Out = Annotated[Path, typer.Argument(metavar="STATS", show_default=False, help="The file to write.")]
+NoHoldOut = Annotated[
+    bool,
+    typer.Option(
+        "--no-hold-out", help="Every sample calibrates; the result is then measured with quantize --eval."
+    ),
+]
+Keep = Annotated[
+    float,
+    typer.Option(
+        "--keep-samples",
+        metavar="MIB",
+        min=0,
+        help="Keep up to 32 samples in STATS when they fit; 0 keeps none, then quantize needs --calib.",
+    ),
+]
+
+
+def calibrate(
+    model: Model,
+    out: Out,
+    recipe: Recipe = "w8a8",
+    calib: Calib = None,
+    samples: Samples = None,
+    stacked: Stacked = False,
+    preprocess: Preprocess = None,
+    tokenizer: Tokenizer = None,
+    no_hold_out: NoHoldOut = False,
+    keep_samples: Keep = 64.0,
+    workers: Workers = None,
+    ray: Ray = None,
+    resume: Resume = None,
+    device: Device = "cpu",
+    target: Target = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    nan: Nan = "error",
+    reduce_range: ReduceRange = "auto",
+    allow_quantized: AllowQuantized = False,
+    threads: Threads = 0,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Gather the statistics that quantize needs with the same options, and save them: quantize --stats STATS."""
+    from calib.container import require_place
+    from onnxslim_ptq.calibration import calibrate as run
+    from onnxslim_ptq.commands.samples import with_data
+    from onnxslim_ptq.export.check import source_files
+
+    loaded = with_data(recipe, preprocess, tokenizer)
+    if not calib and not loaded.data.sets:
+        raise QuantizationError("calibrate needs samples; give them with --calib")
+    if model.is_file():  # else opening it says what is wrong
+        require_place(out, source_files(model))
+    with Bars(quiet) as bars:
+        found = run(
+            model,
+            loaded,
+            calib or None,
+            target=target,
+            device=device,
+            samples=samples,
+            stacked=stacked,
+            hold_out=not no_hold_out,
+            keep_bytes=int(keep_samples * 2**20),
+            include=include or (),
+            exclude=exclude or (),
+            nan=nan,
+            reduce_range=reduce_range,
+            allow_quantized=allow_quantized,
+            threads=threads,
+            workers=workers,
+            ray=ray,
+            resume=resume,
+            listener=bars,
+        )
+        found.save(out)
+    if found.kept.reason:
+        warn(
+            f"no samples are kept in '{out}': {found.kept.reason}; quantize --stats will need --calib as well"
+        )
+    if json:
+        show_statistics(found, out)
+    elif not quiet:
+        say_statistics(found, out)
+        say(
+            f"next: {program()} quantize {shlex.quote(str(model))} OUT --stats {shlex.quote(str(out))}  "
+            "(with the same recipe and target)"
+        )
+
+
+def say_statistics(found: Statistics, out: Path) -> None:
+    """What was written, in three lines for a person."""
+    probes = [probe for states in found.sweeps.values() for probe in states]
+    say(f"wrote {out}  {size(out.stat().st_size)}")
+    say(
+        f"{len(probes)} statistics of {len({p.tensor for p in probes})} tensors, from {found.samples} samples"
+        + (f" in {len(found.data)} parts" if len(found.data) > 1 else "")
+    )
+    say(f"kept: {len(found.kept.judged)} of these samples and {len(found.kept.held_out)} held-out ones")
+
+
+def show_statistics(found: Statistics, out: Path) -> None:
+    """What a statistics file holds, as JSON."""
+    emit_json(
+        {
+            "file": str(out),
+            "bytes": out.stat().st_size,
+            "model": found.model.model_dump(),
+            "data": [shard.model_dump() for shard in found.data],
+            "samples": found.samples,
+            "conditions": found.conditions.model_dump(),
+            "made_with": found.made_with,
+            "statistics": [
+                {"graph": graph, "tensor": p.tensor, "kind": p.kind, "axis": p.axis}
+                for graph, states in found.sweeps.items()
+                for p in states
+            ],
+            "kept": {"judged": len(found.kept.judged), "held_out": len(found.kept.held_out)},
+            "exit_code": 0,
+        }
+    )

@@ -1,0 +1,97 @@
+"""What all steps of a recipe together say about each layer of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from onnxslim_ptq.core.match import Layer, Pattern, nearest
+from onnxslim_ptq.errors import RecipeError
+from onnxslim_ptq.recipe import NO_KERNEL, ActConfig, QuantizeStep, Recipe, RounderConfig, WeightConfig
+
+__all__ = ["LayerConfig", "Resolution", "resolve"]
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """What all steps together say about one layer; ``step`` is the index of the last one that says something."""
+
+    weight: WeightConfig
+    act: ActConfig | None
+    rounder: RounderConfig
+    bias_correction: bool
+    step: int
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """By node name: the configuration of each layer to quantize, and the reason for each one that stays float."""
+
+    configs: dict[str, LayerConfig]
+    skipped: dict[str, str]
+
+
+def resolve(recipe: Recipe, layers: Sequence[Layer], others: Sequence[Layer] = ()) -> Resolution:
+    """The configuration of every layer; RecipeError when a pattern (other than ``*``) matches no layer.
+
+    ``others`` are nodes that cannot be quantized anyway: a pattern may match only them.
+    """
+    patterns: list[tuple[list[Pattern], list[Pattern]]] = []
+    for index, step in enumerate(recipe.steps):
+        parsed = []
+        for key, texts in (("include", step.include), ("exclude", step.exclude)):
+            parsed.append([Pattern.parse(text) for text in texts])
+            for pattern in parsed[-1]:
+                if pattern.text != "*" and not any(map(pattern.matches, (*layers, *others))):
+                    raise RecipeError(
+                        f"steps[{index}].{key}: pattern '{pattern.text}' matches no layer; "
+                        + nearest(pattern, layers)
+                    )
+        patterns.append((parsed[0], parsed[1]))
+    merged: dict[tuple[int, ...], LayerConfig] = {}
+    resolution = Resolution({}, {})
+    for layer in layers:
+        steps, reason = [], "not included by any step"
+        for index, (include, exclude) in enumerate(patterns):
+            if not isinstance(recipe.steps[index], QuantizeStep):
+                continue
+            if any(pattern.matches(layer) for pattern in include):
+                by = next((pattern.text for pattern in exclude if pattern.matches(layer)), None)
+                if by is None:
+                    steps.append(index)
+                else:
+                    reason = f"excluded by pattern '{by}'"
+        if steps:
+            chosen = tuple(steps)
+            if chosen not in merged:
+                merged[chosen] = _merged(recipe, chosen)
+            resolution.configs[layer.node] = merged[chosen]
+        else:
+            resolution.skipped[layer.node] = reason
+    return resolution
+
+
+def _merged(recipe: Recipe, steps: tuple[int, ...]) -> LayerConfig:
+    given: dict[str, Any] = {}
+    for index in steps:
+        given = _override(given, recipe.steps[index].model_dump(exclude_unset=True))
+    step = QuantizeStep.model_validate(given)
+    if step.act is not None and not step.weight.fits_integer_kernels:
+        raise RecipeError(f"recipe: steps[{steps[-1]}].weight: {NO_KERNEL}")
+    return LayerConfig(step.weight, step.act, step.rounder, step.bias_correction, steps[-1])
+
+
+def _override(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """``old`` with the keys of ``new``, nested; another ``type`` or ``when`` starts afresh: options belong to it."""
+    for key, default in (("type", None), ("when", "static")):
+        was = old.get(key, default)
+        if new.get(key, was) != was:
+            return new
+    both = {
+        key: _override(was, value)
+        if isinstance(value, dict) and isinstance(was := old.get(key), dict)
+        else value
+        for key, value in new.items()
+    }
+    return {**old, **both}
