@@ -10,13 +10,13 @@ if TYPE_CHECKING:
     from calib.gather import Gathering, gather
     from calib.provider import create_session
     from calib.runner import collect
-    from calib.store import Statistics
+    from calib.saved.store import Statistics
     from calib.types import Probe
 
 _HOMES = {
     "Gathering": "calib.gather",
     "Probe": "calib.types",
-    "Statistics": "calib.store",
+    "Statistics": "calib.saved.store",
     "collect": "calib.runner",
     "create_session": "calib.provider",
     "gather": "calib.gather",

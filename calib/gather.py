@@ -9,18 +9,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
-from calib.blockwise import Blockwise, collect_blockwise, needs_blocks
-from calib.cluster import RayActors
+from calib.blocks.blockwise import Blockwise, collect_blockwise, needs_blocks
 from calib.errors import CalibrationError
-from calib.identity import conditions
 from calib.model import Model
-from calib.parallel import Processes
-from calib.progress import Resume, SweepKey, SweepProgress
 from calib.provider import SessionOptions, require_device
 from calib.readers import fingerprint
 from calib.runner import Listener, collect
-from calib.sweep import Crew, Here
+from calib.saved.identity import conditions
+from calib.saved.progress import Resume, SweepKey, SweepProgress
 from calib.types import Dataset, Probe, Stats
+from calib.workers.cluster import RayActors
+from calib.workers.parallel import Processes
+from calib.workers.part import Crew, Here
 
 __all__ = ["WORKER_THREADS", "Gathering", "gather"]
 

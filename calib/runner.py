@@ -10,14 +10,14 @@ from typing import Any
 
 import onnx
 
-from calib.bounds import Facts
-from calib.budget import BUDGET, split
 from calib.errors import CalibrationError, QuantizationError
-from calib.lanes import in_lanes, lanes_for, values_of
 from calib.model import Model
 from calib.provider import SessionOptions, create_session
-from calib.reduce import Plan, Pooled, make_plan
 from calib.stats import COLLECTORS
+from calib.sweep.bounds import Facts
+from calib.sweep.budget import BUDGET, split
+from calib.sweep.lanes import in_lanes, lanes_for, values_of
+from calib.sweep.reduce import Plan, Pooled, make_plan
 from calib.types import Array, Dataset, Feed, Probe, Sample, SampleId, Stats
 
 __all__ = ["Progress", "collect", "run_model", "run_session", "tap"]
@@ -77,9 +77,9 @@ def collect(
     """Run every sample and return the statistic of each probe.
 
     One sweep over ``data``; several when the statistics would hold more than ``memory`` bytes at once. Otherwise
-    memory is the tapped tensors of the samples in hand (`calib.lanes`: one per core, at most 4) and does not grow with
-    the number of samples. Probes of graph inputs are served from the feeds. Raises CalibrationError when there is no
-    sample or ONNX Runtime fails on one (naming it), DeviceError when the device is not there.
+    memory is the tapped tensors of the samples in hand (`calib.sweep.lanes`: one per core, at most 4) and does not grow
+    with the number of samples. Probes of graph inputs are served from the feeds. Raises CalibrationError when there is
+    no sample or ONNX Runtime fails on one (naming it), DeviceError when the device is not there.
     """
     facts = Facts(model)
     stats: dict[Probe, Stats] = {}

@@ -13,10 +13,10 @@ import onnx
 
 from calib.errors import CalibrationError, GraphError
 from calib.model import Model, open_model, to_array
-from calib.progress import Resume
 from calib.provider import SessionOptions, create_session, runtime
 from calib.runner import Listener, run_session
-from calib.store import Statistics
+from calib.saved.progress import Resume
+from calib.saved.store import Statistics
 from calib.types import Array, SampleId
 from onnxslim_ptq import __version__
 from onnxslim_ptq.analysis.metrics import leaves

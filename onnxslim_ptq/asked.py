@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from calib.blockwise import Blockwise, needs_blocks
+from calib.blocks.blockwise import Blockwise, needs_blocks
 from calib.errors import CalibrationError
 from calib.gather import Gathering
 from calib.model import Model
-from calib.progress import Resume
 from calib.provider import require_device
+from calib.saved.progress import Resume
 from onnxslim_ptq.core.targets import TARGETS, Target
 from onnxslim_ptq.cpu import saturates
 from onnxslim_ptq.errors import RecipeError

@@ -8,13 +8,13 @@ from typing import Any
 
 import onnx
 
-from calib.identity import ModelRef, conditions
-from calib.kept import KEPT_BYTES, keep
 from calib.model import open_model
-from calib.progress import Resume
 from calib.provider import SessionOptions
 from calib.runner import Listener
-from calib.store import Statistics
+from calib.saved.identity import ModelRef, conditions
+from calib.saved.kept import KEPT_BYTES, keep
+from calib.saved.progress import Resume
+from calib.saved.store import Statistics
 from onnxslim_ptq import __version__
 from onnxslim_ptq.asked import checked, gathering
 from onnxslim_ptq.pipeline import Job, make_plan

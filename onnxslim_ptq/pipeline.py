@@ -6,13 +6,13 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+from calib.blocks.spool import Spool
 from calib.errors import CalibrationError, GraphError
 from calib.gather import Gathering
 from calib.model import Model
 from calib.runner import Listener
-from calib.spool import Spool
+from calib.saved.store import Statistics
 from calib.stats import HistogramStats, MinMaxStats
-from calib.store import Statistics
 from calib.types import Dataset, Probe, Stats
 from onnxslim_ptq.analysis.verify import Verification, verify
 from onnxslim_ptq.core.choice import LayerChoice, PerTokenActivation, StaticActivation, WeightForm
@@ -237,9 +237,7 @@ def _original(node: str, given: Collection[str]) -> str:
 
 def _choice(config: LayerConfig, target: Target) -> LayerChoice:
     weight = config.weight
-    form = WeightForm(
-        int_type(weight.dtype), weight.symmetric, weight.per != "tensor", weight.group_size
-    )
+    form = WeightForm(int_type(weight.dtype), weight.symmetric, weight.per != "tensor", weight.group_size)
     return LayerChoice(_activation(config, target), form, config.bias_correction, config.rounder.build())
 
 

@@ -48,10 +48,6 @@ __all__ = [
 # Ranges that the quantize step finds itself; every other one is a method of `calib.ranges`.
 STEP_RANGES = ("auto", "output_mse")
 RANGE_TYPES = (*STEP_RANGES, *RANGES)
-# Accepted values to come, by the end of their key path, so that the error can say so.
-PLANNED: dict[str, tuple[str, ...]] = {
-    "steps.type": ("gptq",),
-}
 
 
 NO_KERNEL = "integer kernels take symmetric int8 weights without groups; use act: null for such weights"
@@ -108,7 +104,7 @@ class WeightConfig(Config):
 
     dtype: Literal["int8", "int4", "uint4"] = "int8"
     per: Literal["channel", "tensor", "group"] = "channel"
-    group_size: int | None = Field(None, ge=16)
+    group_size: int | None = Field(default=None, ge=16)
     symmetric: bool = True
 
     @property
@@ -315,7 +311,7 @@ def _explain(error: ErrorDetails) -> str:
     if path[:1] == ("steps",) and len(path) > 2:
         model = str(path[2])
         error["loc"] = (*path[:2], *path[3:])
-    return explain(error, _SCHEMA | {"steps": _STEP_MODELS[model]}, PLANNED)
+    return explain(error, _SCHEMA | {"steps": _STEP_MODELS[model]})
 
 
 def recipe_names() -> list[str]:

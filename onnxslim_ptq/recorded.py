@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from calib.kept import require_kept
 from calib.model import Model
-from calib.store import Statistics
+from calib.saved.kept import require_kept
+from calib.saved.store import Statistics
 from onnxslim_ptq.recipes.data import DataConfig
 from onnxslim_ptq.samples import Samples, open_samples
 

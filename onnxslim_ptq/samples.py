@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from calib.errors import CalibrationError
-from calib.identity import Shard
 from calib.model import Model
 from calib.readers import from_iterable, split_held_out, synthetic, take
 from calib.readers.compose import FileSet, Recurrence, Wiring, open_sets
 from calib.readers.files import HowToRead, kind_of
+from calib.saved.identity import Shard
+from calib.saved.store import Statistics
 from calib.stateful import Steps
-from calib.store import Statistics
 from calib.types import Dataset
 from onnxslim_ptq.recipes.data import DataConfig, PreprocessConfig, SetConfig
 

@@ -8,15 +8,15 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from calib.blockwise import Blockwise, run_blockwise
+from calib.blocks.blockwise import Blockwise, run_blockwise
+from calib.blocks.spool import Spool
 from calib.gather import Gathering, gather
-from calib.kept import require_kept
 from calib.model import Model
 from calib.provider import SessionOptions, create_session
 from calib.readers import spread
 from calib.runner import Listener, run_session, tap
-from calib.spool import Spool
-from calib.store import Statistics
+from calib.saved.kept import require_kept
+from calib.saved.store import Statistics
 from calib.types import Array, Dataset, Feed, Probe, Sample, Stats
 from onnxslim_ptq.core.qmath import sqnr_db
 from onnxslim_ptq.core.spec import QParams, QuantPlan, WeightCodes
@@ -142,7 +142,7 @@ class Judge:
         )
 
     def score(self, params: Mapping[str, QParams], more: Feed | None = None) -> float:
-        """Mean over the judged tensors of their SQNR in dB (each capped at 100 dB), pooled over the samples.
+        """-10 log10 of the mean noise-to-signal ratio of the judged tensors (SQNR capped at 100 dB), over all samples.
 
         ``more`` feeds the other inputs that the simulation was given, where it has some.
         """
@@ -157,7 +157,10 @@ class Judge:
                     noise[i] += (a - b) @ (a - b)
         scores = [sqnr_db(float(s), float(n)) for s, n in zip(signal, noise, strict=True)]
         known = [-100.0 if np.isnan(s) else min(s, 100.0) for s in scores if s is not None]
-        return float(np.mean(known)) if known else 0.0
+        if not known:
+            return 0.0
+        # The mean of the noise, not of the dB: a language model's logits are one output beside sixty caches.
+        return float(-10 * np.log10(np.mean(10 ** (-np.asarray(known) / 10))))
 
     def _answers(self, extra: Feed) -> Iterator[list[Array]]:
         for sample, feed in self._samples:
@@ -178,7 +181,11 @@ class BlockwiseJudge(Judge):
     ) -> None:
         self._simulation, self._samples = simulation, samples
         self._judged = judged_tensors(model)
-        self._options, self._spool, self._memory = SessionOptions(threads=threads, simulate=True), spool, memory
+        self._options, self._spool, self._memory = (
+            SessionOptions(threads=threads, simulate=True),
+            spool,
+            memory,
+        )
         self._reference = [[spool.keep(v) for v in values] for values in self._run(model, samples)]
 
     def _answers(self, extra: Feed) -> Iterator[list[Array]]:
@@ -202,7 +209,9 @@ def _parts(
     assert isinstance(seen, np.ndarray)
     last = exact.ndim - 1 if axis is None else axis
     width = 1 if axis is None else exact.shape[axis]
-    ys, zs = (np.moveaxis(v, last, -1).reshape(-1, width) if v.ndim else v.reshape(1, 1) for v in (exact, seen))
+    ys, zs = (
+        np.moveaxis(v, last, -1).reshape(-1, width) if v.ndim else v.reshape(1, 1) for v in (exact, seen)
+    )
     rows = max(_AT_ONCE // width, 1)
     for start in range(0, len(ys), rows):
         pair = [v[start : start + rows].astype(np.float64) for v in (ys, zs)]

@@ -19,11 +19,11 @@ import typer
 import yaml
 from pydantic import BaseModel
 
-from calib.preprocess import PRESETS
 from calib.ranges import RANGES
 from calib.readers.feedback import _KEPT_BYTES
 from calib.readers.files import _KINDS
 from calib.readers.limits import DEFAULT_LIMITS
+from calib.readers.preprocess import PRESETS
 from calib.readers.tokens import _MAX_FILE
 from onnxslim_ptq import cli
 from onnxslim_ptq.cli import app, main
@@ -300,7 +300,10 @@ class TestTables:
 
     def test_smoothing_steps(self) -> None:
         """Every step, with its own keys and their defaults."""
-        rows = {re.findall(r"`(\w+)`", r[0])[0]: r[1] for r in _table(_text("docs/recipes.md"), "| smoothing step")}
+        rows = {
+            re.findall(r"`(\w+)`", r[0])[0]: r[1]
+            for r in _table(_text("docs/recipes.md"), "| smoothing step")
+        }
         assert set(rows) == set(STEPS)
         for name, told in rows.items():
             fields = {k: f for k, f in STEPS[name].config.model_fields.items() if k != "type"}
@@ -327,7 +330,9 @@ class TestTables:
             made = ROUNDERS[name]()
             assert data == ("yes" if made.needs_gram else "no")
             told = dict(re.findall(r"`(\w+)` ([\w.]+)", options))
-            assert told == {f.name: str(getattr(made, f.name)).lower() for f in dataclasses.fields(made)}, name  # type: ignore[arg-type]
+            assert told == {f.name: str(getattr(made, f.name)).lower() for f in dataclasses.fields(made)}, (
+                name
+            )  # type: ignore[arg-type]
             for key, low, high in re.findall(r"`(\w+)` \S+ \((\S+) to (\S+)\)", options):
                 kind = type(getattr(made, key))
                 for bound, step in ((kind(float(low)), -1), (kind(float(high)), 1)):

@@ -27,6 +27,7 @@ SMOOTHED = {
 }
 READY = recipe_names()
 
+
 def step(**keys: Any) -> dict[str, Any]:
     return {"type": "quantize", **keys}
 
@@ -80,7 +81,9 @@ class TestReady:
     def test_unknown_name(self) -> None:
         refused("w8a9", "recipe 'w8a9' is unknown (did you mean 'w8a8'?)", *READY, ".yaml")
         refused("", "recipe '' is unknown")
-        with pytest.raises(RecipeError, match=r"recipe 'none' is unknown; use a .yaml file or one of .*w8a8, "):
+        with pytest.raises(
+            RecipeError, match=r"recipe 'none' is unknown; use a .yaml file or one of .*w8a8, "
+        ):
             describe("none")
 
     def test_a_recipe_is_taken_as_it_is(self) -> None:
@@ -185,7 +188,10 @@ class TestSchema:
             ({}, "steps: is missing"),
             ({"steps": []}, "steps: give at least one, got []"),
             ({"steps": "quantize"}, "steps: expected a list, got 'quantize'; write ['quantize']"),
-            ({"stesp": []}, "stesp: unknown key (did you mean 'steps'?); accepted: version, target, data, steps"),
+            (
+                {"stesp": []},
+                "stesp: unknown key (did you mean 'steps'?); accepted: version, target, data, steps",
+            ),
             ({"steps": [step()], 1: 2}, "1: unknown key; accepted: version, target, data, steps"),
             ({"steps": [step()], "version": 2}, "version: got 2; use 1"),
             ({"steps": [step()], "version": "1"}, "version: got '1'; use 1"),
@@ -211,7 +217,7 @@ class TestSchema:
             ("quantize", "; write {type: quantize}"),
             ({"type": "iter_smooth", "alpha": 0.9},
              ".type: iter_smooth changes the float model, so it comes before every quantize step"),
-            ({"type": "gptq"}, ".type: step type 'gptq' is not available yet"),
+            ({"type": "gptq"}, ".type: got 'gptq'; use quantize, "),
             ({"type": "quantise"}, ".type: got 'quantise'; use quantize"),
             ({"type": ["quantize"]}, ".type: got ['quantize']; use quantize"),
             (step(includes=["*"]), ".includes: unknown key (did you mean 'include'?); accepted: type, include, "),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from calib.preprocess import PRESETS
+from calib.readers.preprocess import PRESETS
 from onnxslim_ptq import Recipe
 from onnxslim_ptq.errors import RecipeError
 from onnxslim_ptq.recipes.data import DataConfig, without_folders

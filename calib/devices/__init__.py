@@ -1,7 +1,7 @@
 """Accelerators: how they are named, what their sessions need, and how a session proves that it runs there.
 
-``table`` lists them, ``cann`` has the options of the CANN provider; ``child`` keeps each session in a process of its own
-(messages: ``channel``), where ``checked`` makes it and ``placement`` proves it.
+``table`` lists them, ``cann`` has the options of the CANN provider; ``child`` keeps each session in a process of its
+own (messages: ``channel``), where ``checked`` makes it and ``placement`` proves it.
 """
 
 from calib.devices.table import ACCELERATORS, CPU, Accelerator, Device

@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import onnx
 
-from calib.devices.table import Device
-from calib.errors import DeviceError, GraphError
 from calib.devices.placement import (
     Placement,
     compare,
@@ -21,6 +19,8 @@ from calib.devices.placement import (
     placement_from_session,
     require_placed,
 )
+from calib.devices.table import Device
+from calib.errors import DeviceError, GraphError
 from calib.provider import Optimize, SessionOptions, new_session, one_line, runtime
 from calib.types import Array, Feed
 

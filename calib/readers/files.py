@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from calib.errors import CalibrationError
-from calib.preprocess import ImagePreprocess
 from calib.readers.arrays import open_arrays
 from calib.readers.images import IMAGE_SUFFIXES, open_images
 from calib.readers.limits import DEFAULT_LIMITS, ReadLimits, check_limit, label
 from calib.readers.mix import chain
+from calib.readers.preprocess import ImagePreprocess
 from calib.readers.text import TEXT_SUFFIXES, TextSettings, open_text
 from calib.types import Dataset, InputInfo
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calib.errors import CalibrationError
-from calib.preprocess import PRESETS, ImagePreprocess, for_input, to_tensor
 from calib.readers.check import check_feed
 from calib.readers.limits import ReadLimits, label, place_of, quoted
+from calib.readers.preprocess import PRESETS, ImagePreprocess, for_input, to_tensor
 from calib.types import Array, Dataset, InputInfo, Sample, SampleId
 
 if TYPE_CHECKING:

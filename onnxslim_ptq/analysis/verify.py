@@ -9,12 +9,12 @@ from typing import Any
 
 import onnx
 
-from calib.blockwise import run_blockwise
+from calib.blocks.blockwise import run_blockwise
+from calib.blocks.spool import Spool
 from calib.errors import CalibrationError, GraphError
 from calib.model import Model
 from calib.provider import Optimize, SessionOptions
 from calib.runner import Listener, Progress, run_session
-from calib.spool import Spool
 from calib.types import Array, Dataset, Feed, Sample, SampleId
 from onnxslim_ptq.analysis.metrics import OutputError, worst_sqnr
 from onnxslim_ptq.errors import VerificationError
@@ -67,7 +67,9 @@ def verify(
     again: list[tuple[Sample, list[Array]]] = []
     exact, fast = _exact(_with_node_names(source), data, options, spool), None
     for count, (sample, feed, expected) in enumerate(exact, 1):
-        fast = fast or _loaded(quantized, options, spool)  # not before: block-wise, the float model is through by now
+        fast = fast or _loaded(
+            quantized, options, spool
+        )  # not before: block-wise, the float model is through by now
         answers = _answer(fast, names, (sample, feed))
         _add(total, expected, answers, str(sample))
         first = first or (feed, answers)

@@ -34,7 +34,7 @@ from onnxslim_ptq.commands.options import (
 from onnxslim_ptq.errors import QuantizationError
 
 if TYPE_CHECKING:
-    from calib.store import Statistics
+    from calib.saved.store import Statistics
 
 __all__ = ["calibrate", "say_statistics", "show_statistics"]
 
@@ -84,7 +84,7 @@ def calibrate(
     verbose: Verbose = False,
 ) -> None:
     """Gather the statistics that quantize needs with the same options, and save them: quantize --stats STATS."""
-    from calib.container import require_place
+    from calib.saved.container import require_place
     from onnxslim_ptq.calibration import calibrate as run
     from onnxslim_ptq.commands.samples import with_data
     from onnxslim_ptq.export.check import source_files

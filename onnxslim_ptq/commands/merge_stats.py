@@ -24,8 +24,8 @@ Out = Annotated[
 
 def merge_stats(parts: Parts, out: Out, json: Json = False, quiet: Quiet = False) -> None:
     """Merge statistics of different samples of one model, gathered with the same recipe and options."""
-    from calib.container import require_place
-    from calib.store import Statistics
+    from calib.saved.container import require_place
+    from calib.saved.store import Statistics
 
     if len(parts) < 2:
         raise QuantizationError("merge-stats needs two or more files")

@@ -148,7 +148,7 @@ def quantize(
 def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """The keyword arguments of ``onnxslim_ptq.quantize``."""
     from calib.readers import parse_range, parse_shape
-    from calib.store import Statistics
+    from calib.saved.store import Statistics
     from onnxslim_ptq.commands.samples import with_data
 
     same = (

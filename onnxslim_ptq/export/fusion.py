@@ -10,9 +10,9 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto
 
+from calib.blocks.spool import Spool
 from calib.model import Model
 from calib.provider import SessionOptions
-from calib.spool import Spool
 from onnxslim_ptq.export.mapped import session_of
 from onnxslim_ptq.graph.convert import all_names
 

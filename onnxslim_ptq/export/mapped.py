@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from calib.blocks.spool import Spool
 from calib.model import Model
 from calib.provider import SessionOptions, create_session
-from calib.spool import Spool
 from onnxslim_ptq.export.files import write_model
 
 __all__ = ["session_of"]

@@ -1,8 +1,8 @@
 """Per-token activations in standard operators: every row along the last axis gets its own scale while the model runs.
 
-r = max|x| over the last axis; x/r -> QuantizeLinear -> DequantizeLinear with the constant scale 1/127 -> layer -> Mul(r).
-The layer is linear, so taking r out before and putting it back behind is exact, and ONNX Runtime turns the inner
-MatMul into an integer kernel because its activation scale is one constant. A bias goes behind the Mul.
+r = max|x| over the last axis; x/r -> QuantizeLinear -> DequantizeLinear with the constant scale 1/127 -> layer ->
+Mul(r). The layer is linear, so taking r out before and putting it back behind is exact, and ONNX Runtime turns the
+inner MatMul into an integer kernel because its activation scale is one constant. A bias goes behind the Mul.
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ def row_params(dtype: IntType) -> QParams:
     """The numbers of a normalized row: scale 1/127, zero point in the middle of the type."""
     largest = (dtype.highest - dtype.lowest) // 2
     middle = (dtype.highest + dtype.lowest + 1) // 2
-    return QParams(
-        QuantSpec(dtype, PerTensor(), True), np.asarray(1 / largest), np.asarray(middle, np.int64)
-    )
+    return QParams(QuantSpec(dtype, PerTensor(), True), np.asarray(1 / largest), np.asarray(middle, np.int64))
 
 
 def normalize(graph: Graph, tensor: gs.Tensor, dtype: type[np.floating]) -> Normalized:
@@ -41,7 +39,9 @@ def normalize(graph: Graph, tensor: gs.Tensor, dtype: type[np.floating]) -> Norm
         axes = graph.constant(f"{name}_last_axis", np.asarray([-1], np.int64))
         graph.add_node("ReduceMax", f"{name}_ReduceMax", [magnitude, axes], [largest], {"keepdims": 1})
     else:
-        graph.add_node("ReduceMax", f"{name}_ReduceMax", [magnitude], [largest], {"axes": [-1], "keepdims": 1})
+        graph.add_node(
+            "ReduceMax", f"{name}_ReduceMax", [magnitude], [largest], {"axes": [-1], "keepdims": 1}
+        )
     floor = graph.constant(f"{name}_row_floor", np.asarray(_TINY, dtype))
     graph.add_node("Max", f"{name}_Max", [largest, floor], [rows])
     graph.add_node("Div", f"{name}_Div", [tensor, rows], [result])

@@ -17,7 +17,7 @@ import onnx_graphsurgeon as gs
 from calib.model import Model
 from calib.types import Array
 from onnxslim_ptq.core.qmath import dequantize
-from onnxslim_ptq.core.spec import PerToken, QParams, QuantPlan, Result, Slot, Use
+from onnxslim_ptq.core.spec import PerToken, QParams, QuantPlan, Result, Use
 from onnxslim_ptq.export.float16 import ABSORBED, half_layers
 from onnxslim_ptq.export.per_token import Normalized, normalize, row_params, scale_back
 from onnxslim_ptq.graph.graph import Graph

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationInfo, model_validator
 
-from calib.preprocess import PRESETS, Channels, Fit, ImagePreprocess, Layout, Resampling
+from calib.readers.preprocess import PRESETS, Channels, Fit, ImagePreprocess, Layout, Resampling
 from calib.readers.text import TextSettings
 from onnxslim_ptq.core.config import Config, problem, show
 from onnxslim_ptq.recipes.explain import meant

@@ -22,17 +22,16 @@ def meant(word: object, known: Iterable[str]) -> str:
     return f" (did you mean '{near[0]}'?)" if near else ""
 
 
-def explain(error: ErrorDetails, schema: Schema, planned: Mapping[str, tuple[str, ...]]) -> str:
+def explain(error: ErrorDetails, schema: Schema) -> str:
     """``steps[1].act.range.type: what is wrong; what is accepted`` for one of pydantic's errors.
 
-    ``schema`` maps the last named key of a path to the model there ("" = the recipe itself); ``planned`` maps the
-    last two named keys to values that are known but not available yet.
+    ``schema`` maps the last named key of a path to the model there ("" = the recipe itself).
     """
     path = [*_names(error)]
     if key := error.get("ctx", {}).get("key"):
         path.append(key)
     where = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")
-    return f"{where}: {_what(error, schema, planned)}" if where else _what(error, schema, planned)
+    return f"{where}: {_what(error, schema)}" if where else _what(error, schema)
 
 
 def _names(error: ErrorDetails) -> list[str | int]:
@@ -44,7 +43,7 @@ def _names(error: ErrorDetails) -> list[str | int]:
 _KEY_ERRORS = ("extra_forbidden", "invalid_key")
 
 
-def _what(error: ErrorDetails, schema: Schema, planned: Mapping[str, tuple[str, ...]]) -> str:
+def _what(error: ErrorDetails, schema: Schema) -> str:
     kind, value = error["type"], error["input"]
     names = [name for name in _names(error) if isinstance(name, str)]
     if kind == "recipe":
@@ -56,11 +55,7 @@ def _what(error: ErrorDetails, schema: Schema, planned: Mapping[str, tuple[str, 
         accepted = _accepted(names, schema)
         return f"is missing{'; use ' + accepted if accepted else ''}"
     if kind in ("literal_error", "enum"):
-        accepted = _accepted(names, schema)
-        if value in planned.get(".".join(names[-2:]), ()):
-            what = f"step type {value!r}" if _parent(names) == "steps" else f"{value!r}"
-            return f"{what} is not available yet; available: {accepted}"
-        return f"got {show(value)}; use {accepted}"
+        return f"got {show(value)}; use {_accepted(names, schema)}"
     return (
         f"{_type(kind, value, names, schema) or error['msg']}, got {show(value)}{_cure(kind, value, names)}"
     )

@@ -13,7 +13,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from calib.blockwise import collect_blockwise, run_blockwise
+from calib.blocks.blockwise import collect_blockwise, run_blockwise
 from calib.errors import CalibrationError
 from calib.model import open_model
 from calib.provider import create_session
@@ -193,7 +193,7 @@ _LIMITED = """
 import resource, sys
 import numpy as np, onnx
 from onnx import TensorProto, helper, numpy_helper
-from calib.blockwise import collect_blockwise
+from calib.blocks.blockwise import collect_blockwise
 from calib.model import open_model
 from calib.readers import from_iterable
 from calib.runner import collect

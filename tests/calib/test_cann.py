@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from calib.devices.cann import explain, options, shortened
-from calib.errors import DeviceError
 from calib.devices.placement import (
     Placement,
     compare,
@@ -19,6 +18,7 @@ from calib.devices.placement import (
     placement_from_session,
     require_placed,
 )
+from calib.errors import DeviceError
 
 CANN = "CANNExecutionProvider"
 

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 
-from calib.cut import Layout, extract, find_cuts, reads
+from calib.blocks.cut import Layout, extract, find_cuts, reads
 from calib.errors import GraphError
 from calib.model import Model, open_model
 from tests.models import parse, weights_of

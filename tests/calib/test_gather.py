@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calib import cluster
 from calib.errors import CalibrationError
 from calib.gather import WORKER_THREADS, Gathering, gather
 from calib.model import Model, open_model
-from calib.parallel import Processes, is_portable, shards, write_for_workers
-from calib.progress import Resume
 from calib.provider import SessionOptions
 from calib.readers import from_iterable, open_data, split_held_out, subset, synthetic
 from calib.runner import Progress, collect
-from calib.sweep import Slice
+from calib.saved.progress import Resume
 from calib.types import Dataset, Probe, Sample, Stats
+from calib.workers import cluster
+from calib.workers.parallel import Processes, is_portable, shards, write_for_workers
+from calib.workers.part import Slice
 
 ROOT = Path(__file__).resolve().parents[2]
 DIGITS = ROOT / "tools" / "digits"
@@ -151,7 +151,7 @@ class TestWorkers:
     def test_nothing_stays_behind(
         self, model: Model, data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("calib.spool._on_disk", lambda: tmp_path)
+        monkeypatch.setattr("calib.blocks.spool._on_disk", lambda: tmp_path)
         gather(model, [Probe("logits", "minmax")], subset(data, range(4)), how=Gathering(2))
         assert list(tmp_path.iterdir()) == []
 
@@ -270,7 +270,7 @@ class TestResume:
 
 class TestBlockwise:
     def test_equals_the_whole(self, model: Model, probes: list[Probe], data: Dataset, tmp_path: Path) -> None:
-        from calib.blockwise import Blockwise
+        from calib.blocks.blockwise import Blockwise
 
         some = subset(data, range(8))
         how = Gathering(blockwise=Blockwise(1 << 20), resume=Resume(tmp_path, every=0))
@@ -281,7 +281,7 @@ class TestBlockwise:
                     np.testing.assert_allclose(found[probe].state()[name], stat.state()[name], rtol=1e-6)
 
     def test_not_with_workers(self, model: Model, data: Dataset) -> None:
-        from calib.blockwise import Blockwise
+        from calib.blocks.blockwise import Blockwise
 
         with pytest.raises(CalibrationError, match="block-wise calibration runs in one process"):
             gather(model, [Probe("logits", "minmax")], data, how=Gathering(2, blockwise=Blockwise()))

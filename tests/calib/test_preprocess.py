@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calib.preprocess import PRESETS, ImagePreprocess, for_input, to_tensor
+from calib.readers.preprocess import PRESETS, ImagePreprocess, for_input, to_tensor
 from calib.types import InputInfo
 
 pil = pytest.importorskip("PIL.Image")

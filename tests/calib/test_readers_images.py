@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from calib.errors import CalibrationError
-from calib.preprocess import PRESETS, ImagePreprocess
 from calib.readers import ReadLimits, fingerprint, open_data, take
 from calib.readers.files import HowToRead
+from calib.readers.preprocess import PRESETS, ImagePreprocess
 from calib.types import Array, Dataset, InputInfo
 
 pil = pytest.importorskip("PIL.Image")

@@ -11,16 +11,16 @@ import pytest
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from calib.bounds import NAN_PASSES, Facts, Limits, Padded
-from calib.budget import split, state_bytes
-from calib.lanes import in_lanes, lanes_for, values_of
 from calib.model import open_model
 from calib.provider import SessionOptions, create_session
 from calib.readers import from_iterable
-from calib.reduce import Plan, make_plan
 from calib.runner import Progress, collect, tap
 from calib.stats import COLLECTORS, HistogramStats, MeanStats, MinMaxStats
 from calib.stats.histogram import grid_step, sampled
+from calib.sweep.bounds import NAN_PASSES, Facts, Limits, Padded
+from calib.sweep.budget import split, state_bytes
+from calib.sweep.lanes import in_lanes, lanes_for, values_of
+from calib.sweep.reduce import Plan, make_plan
 from calib.types import Array, Dataset, Feed, Probe, Stats
 
 C = 32

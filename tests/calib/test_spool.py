@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from calib.blocks.memory import available_memory
+from calib.blocks.spool import Spool
 from calib.errors import CalibrationError
-from calib.memory import available_memory
-from calib.spool import Spool
 
 ARRAYS = [
     np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -102,7 +102,7 @@ class TestSpool:
 
 _LIMITED = """
 import resource
-from calib.memory import available_memory
+from calib.blocks.memory import available_memory
 free = available_memory()
 used = next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmData:")) * 1024
 resource.setrlimit(resource.RLIMIT_DATA, (used + (64 << 20), used + (64 << 20)))

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from calib.container import Header, read_container, require_place, write_container
 from calib.errors import CalibrationError
-from calib.identity import ModelRef, Shard, conditions
-from calib.kept import Kept, keep
 from calib.model import open_model
 from calib.provider import SessionOptions
 from calib.readers import from_iterable, split_held_out, subset
 from calib.runner import collect
+from calib.saved.container import Header, read_container, require_place, write_container
+from calib.saved.identity import ModelRef, Shard, conditions
+from calib.saved.kept import Kept, keep
+from calib.saved.store import FORMAT, VERSION, Statistics, revived
 from calib.stats import COLLECTORS
-from calib.store import FORMAT, VERSION, Statistics, revived
 from calib.types import Array, Dataset, InputInfo, Probe, SampleId, Stats
 
 DIGITS = Path(__file__).resolve().parents[2] / "tools" / "digits"
@@ -341,7 +341,7 @@ class TestContainer:
         def full(*_: object, **__: object) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("calib.container.save_file", full)
+        monkeypatch.setattr("calib.saved.container.save_file", full)
         with pytest.raises(CalibrationError, match=r"cannot be written \(No space left on device\)"):
             write_container(path, "f", 1, Header(), {"a": np.zeros(3)})
         assert path.read_bytes() == before
@@ -362,7 +362,7 @@ def _resealed(path: Path, sparse: str) -> None:
     """The file with another list of sparse arrays and a hash that fits it: what a hostile writer would make."""
     from safetensors import safe_open
 
-    from calib.container import _digest
+    from calib.saved.container import _digest
 
     with safe_open(path, framework="numpy") as opened:
         metadata = json.loads(opened.metadata()["calib"])

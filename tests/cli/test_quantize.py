@@ -178,9 +178,7 @@ def test_errors_are_one_line_and_leave_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "option", [["--report", "r.html"], ["--weights"]]
-)
+@pytest.mark.parametrize("option", [["--report", "r.html"], ["--weights"]])
 def test_options_to_come_say_so(option: list[str], tmp_path: Path, capsys: Captured) -> None:
     assert main([MODEL, str(tmp_path / "m.onnx"), "--calib", CALIB, *option]) == 2
     assert f"{option[0]} is not available yet" in capsys.readouterr().err

@@ -10,8 +10,8 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-import calib.blockwise
-from calib.spool import Spool
+import calib.blocks.blockwise
+from calib.blocks.spool import Spool
 from onnxslim_ptq import Result, quantize
 from onnxslim_ptq.errors import CalibrationError
 from tests.models import feeds_for, mlp
@@ -24,7 +24,7 @@ AUTO = {"steps": [{"type": "quantize"}]}
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if memory were just large enough for the model to need many blocks."""
-    monkeypatch.setattr(calib.blockwise, "available_memory", lambda: 1 << 19)
+    monkeypatch.setattr(calib.blocks.blockwise, "available_memory", lambda: 1 << 19)
 
 
 def numbers(result: Result) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class TestSameResult:
 
 class TestSpool:
     def test_nothing_is_left(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("calib.spool._on_disk", lambda: tmp_path)
+        monkeypatch.setattr("calib.blocks.spool._on_disk", lambda: tmp_path)
         quantize(DIGITS, "w8a8-minmax", SAMPLES, blockwise=True)
         assert list(tmp_path.iterdir()) == []
 
@@ -77,7 +77,7 @@ class TestSpool:
     def test_nothing_is_left_after_an_interruption(
         self, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("calib.spool._on_disk", lambda: tmp_path)
+        monkeypatch.setattr("calib.blocks.spool._on_disk", lambda: tmp_path)
         written = Spool.put
 
         def fail(self: Spool, key: object, values: Any) -> None:
@@ -96,11 +96,11 @@ class TestChosen:
     @pytest.mark.parametrize("short", [True, False])
     def test_by_the_memory_there_is(self, short: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         available = DIGITS.stat().st_size * (3 if short else 100)
-        monkeypatch.setattr(calib.blockwise, "available_memory", lambda: available)
+        monkeypatch.setattr(calib.blocks.blockwise, "available_memory", lambda: available)
         assert quantize(DIGITS, "w8a8-minmax", SAMPLES).blockwise is short
 
     def test_not_where_memory_is_unknown(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(calib.blockwise, "available_memory", lambda: None)
+        monkeypatch.setattr(calib.blocks.blockwise, "available_memory", lambda: None)
         assert not quantize(mlp(), "w8a8-minmax", feeds_for(mlp()), min_sqnr=0).blockwise
 
     def test_workers_exclude_it(self) -> None:

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from calib.errors import CalibrationError
-from calib.kept import KEPT_BYTES
-from calib.store import Statistics
+from calib.saved.kept import KEPT_BYTES
+from calib.saved.store import Statistics
 from onnxslim_ptq import calibrate, quantize
 from tools import zoo
 from tools.bench.outliers import llama_block, llama_feeds
@@ -174,7 +174,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import numpy as np
-from calib.progress import Resume
+from calib.saved.progress import Resume
 from onnxslim_ptq import quantize
 
 model, out, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-import calib.blockwise
+import calib.blocks.blockwise
 
 from .large import large_model
 from .machine import ROOT, stamp
@@ -122,7 +122,7 @@ def _child(job: dict[str, Any]) -> dict[str, Any]:
     if job["limit"]:
         resource.setrlimit(resource.RLIMIT_DATA, (job["limit"] * MB, job["limit"] * MB))
     else:  # as on a system that does not tell how much memory there is: else a busy one would get blocks, too
-        calib.blockwise.available_memory = lambda: None
+        calib.blocks.blockwise.available_memory = lambda: None
     from onnxslim_ptq import quantize
 
     model, calibration, evaluation = _case(job["case"], job["samples"])

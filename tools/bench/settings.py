@@ -16,7 +16,16 @@ RECIPES = (
     "w8a8-mixed",
     "w8a8-output-mse",
 )
-QUALITY = ("w8a8", "w8a8-transformer", "w8a8-best", "w8a8-dynamic", "w8a16", "w4a16-g128", "w4a16-g64", "w4a16-g32")
+QUALITY = (
+    "w8a8",
+    "w8a8-transformer",
+    "w8a8-best",
+    "w8a8-dynamic",
+    "w8a16",
+    "w4a16-g128",
+    "w4a16-g64",
+    "w4a16-g32",
+)
 LINEAR_OPS = ("Conv", "MatMul", "Gemm")
 HEAVY = ("smollm2",)  # 652 MB: one setting of the other tool is enough to wait for
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from pydantic import Field
 
-from calib.container import Header
 from calib.errors import CalibrationError
 from calib.readers.limits import size_text
 from calib.readers.split import JUDGED, spread
+from calib.saved.container import Header
 from calib.types import Array, Dataset, Sample, SampleId
 
 __all__ = ["KEPT_BYTES", "Kept", "KeptRows", "keep", "require_kept"]

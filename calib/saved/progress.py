@@ -9,16 +9,16 @@ from pathlib import Path
 
 from pydantic import Field
 
-from calib.container import Header, read_container, write_container
 from calib.errors import CalibrationError
-from calib.identity import Conditions
 from calib.readers.limits import DEFAULT_LIMITS
-from calib.store import Sweep, revived, states_of, sweep_of
+from calib.saved.container import Header, read_container, write_container
+from calib.saved.identity import Conditions
+from calib.saved.store import Sweep, revived, states_of, sweep_of
 from calib.types import Probe, Stats
 
 __all__ = ["Block", "Resume", "SweepKey", "SweepProgress"]
 
-FORMAT, VERSION = "calib.progress", 1
+FORMAT, VERSION = "calib.saved.progress", 1
 _SUFFIX = ".sweep"
 
 

@@ -13,12 +13,12 @@ import onnx
 
 from calib.errors import CalibrationError, QuantizationError
 from calib.model import Model
-from calib.parallel import is_portable, shards
 from calib.provider import SessionOptions
 from calib.runner import Listener, Progress, collect
-from calib.store import State, revived
-from calib.sweep import Part, Slice
+from calib.saved.store import State, revived
 from calib.types import Array, Dataset, Probe
+from calib.workers.parallel import is_portable, shards
+from calib.workers.part import Part, Slice
 
 __all__ = ["LOCAL", "RayActors"]
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 from pydantic import Field
 
-from calib.container import Header
 from calib.model import Model
 from calib.provider import SessionOptions, runtime
 from calib.readers import fingerprint
+from calib.saved.container import Header
 from calib.types import Dataset, Sample
 
 __all__ = ["Conditions", "ModelRef", "Shard", "conditions"]

@@ -16,9 +16,9 @@ import numpy as np
 import onnx
 from onnx import NodeProto, helper
 
-from calib.bounds import Facts, Limits
 from calib.stats.histogram import grid_step
-from calib.summary import COUNTED, Summary, Wanted, counted, summarizes
+from calib.sweep.bounds import Facts, Limits
+from calib.sweep.summary import COUNTED, Summary, Wanted, counted, summarizes
 from calib.types import Array, Probe, Stats
 
 __all__ = ["Plan", "Pooled", "make_plan"]

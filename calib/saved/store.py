@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from calib.container import Header, read_container, write_container
 from calib.errors import CalibrationError
-from calib.identity import Conditions, ModelRef, Shard
-from calib.kept import Kept, KeptRows
 from calib.model import Model
+from calib.saved.container import Header, read_container, write_container
+from calib.saved.identity import Conditions, ModelRef, Shard
+from calib.saved.kept import Kept, KeptRows
 from calib.stats import COLLECTORS
 from calib.types import Array, Probe, Stats
 
@@ -198,7 +198,7 @@ class Statistics:
         """Read what `save` wrote.
 
         Raises:
-            CalibrationError: see `calib.container.read_container`; or a statistic is unknown to this version.
+            CalibrationError: see `calib.saved.container.read_container`; or a statistic is unknown to this version.
         """
         file, arrays = read_container(path, FORMAT, VERSION, _File)
         try:

@@ -22,14 +22,14 @@ from typing import Any
 
 import numpy as np
 
+from calib.blocks.spool import Spool
 from calib.errors import CalibrationError
 from calib.model import Model, open_model
 from calib.provider import SessionOptions
 from calib.readers import subset
 from calib.runner import Listener, Progress, collect
-from calib.spool import Spool
-from calib.sweep import Part, Slice, Stopped
 from calib.types import Dataset, Probe, Sample, Stats
+from calib.workers.part import Part, Slice, Stopped
 
 __all__ = ["Processes", "is_portable", "shards", "write_for_workers"]
 

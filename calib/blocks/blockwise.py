@@ -15,13 +15,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from calib.cut import Block, Layout, extract, find_cuts
+from calib.blocks.cut import Block, Layout, extract, find_cuts
+from calib.blocks.memory import available_memory, release_memory
+from calib.blocks.spool import Spool
 from calib.errors import CalibrationError
-from calib.memory import available_memory, release_memory
 from calib.model import Model, to_array
 from calib.provider import SessionOptions, create_session
 from calib.runner import Listener, Progress, run_session
-from calib.spool import Spool
 from calib.stats import COLLECTORS
 from calib.types import Dataset, Feed, Probe, SampleId, Stats
 

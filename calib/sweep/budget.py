@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
-from calib.bounds import Facts
 from calib.stats.bins import KEYS
 from calib.stats.gram import gram_bytes
+from calib.sweep.bounds import Facts
 from calib.types import Probe
 
 __all__ = ["BUDGET", "split", "state_bytes"]

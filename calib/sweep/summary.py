@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from calib.bounds import Padded
 from calib.stats import HistogramStats, MeanStats, MinMaxStats
 from calib.stats.channel_axis import as_block
 from calib.stats.histogram import sampled
 from calib.stats.mean import channel_sums
 from calib.stats.options import options_of
+from calib.sweep.bounds import Padded
 from calib.types import Array, Probe, SampleId, Stats
 
 __all__ = ["COUNTED", "Summary", "Wanted", "counted", "summarizes"]

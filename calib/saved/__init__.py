@@ -1,0 +1,1 @@
+"""Statistics on disk: the file, whose statistics it holds, the samples kept with them, and unfinished sweeps."""

@@ -1,0 +1,1 @@
+"""How a sweep stays cheap: what is reduced inside the graph, samples side by side, statistics within a budget."""
