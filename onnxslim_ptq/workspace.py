@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from calib.readers import spread
 from calib.runner import Listener, run_session, tap
 from calib.saved.kept import require_kept
 from calib.saved.store import Statistics
+from calib.sweep.lanes import in_lanes, lanes_for
 from calib.types import Array, Dataset, Feed, Probe, Sample, Stats
 from onnxslim_ptq.core.qmath import sqnr_db
 from onnxslim_ptq.core.spec import QParams, QuantPlan, WeightCodes
@@ -132,10 +134,11 @@ class Judge:
         self._simulation, self._samples = simulation, samples
         self._judged = judged_tensors(model)
         names = list(self._judged)
-        options = SessionOptions(threads=threads, simulate=True)
+        self._lanes, options = lanes_for(SessionOptions(threads=threads, simulate=True), "cpu")
         plain = create_session(tap(model, names).SerializeToString(), model.weights, options=options)
-        self._reference = [run_session(plain, names, feed, sample) for sample, feed in samples]
-        del plain  # its memory serves the simulating session
+        run = partial(_run, plain, names)
+        self._reference = list(in_lanes(samples, run, self._lanes))
+        del plain, run  # their memory serves the simulating session
         simulated = simulation.model
         self._session = create_session(
             tap(simulated, names).SerializeToString(), simulated.weights, options=options
@@ -146,15 +149,8 @@ class Judge:
 
         ``more`` feeds the other inputs that the simulation was given, where it has some.
         """
-        signal, noise = np.zeros(len(self._judged)), np.zeros(len(self._judged))
         extra = {**self._simulation.feed(params), **(more or {})}
-        for exact, seen in zip(self._reference, self._answers(extra), strict=True):
-            for i, (y, z, axis) in enumerate(zip(exact, seen, self._judged.values(), strict=True)):
-                for a, b in _parts(y, z, axis):
-                    finite = np.isfinite(a)  # elsewhere the float model itself has no answer
-                    a, b = a[finite], b[finite]
-                    signal[i] += a @ a
-                    noise[i] += (a - b) @ (a - b)
+        signal, noise = np.sum(list(self._energies(extra)), axis=0)
         scores = [sqnr_db(float(s), float(n)) for s, n in zip(signal, noise, strict=True)]
         known = [-100.0 if np.isnan(s) else min(s, 100.0) for s in scores if s is not None]
         if not known:
@@ -162,9 +158,25 @@ class Judge:
         # The mean of the noise, not of the dB: a language model's logits are one output beside sixty caches.
         return float(-10 * np.log10(np.mean(10 ** (-np.asarray(known) / 10))))
 
-    def _answers(self, extra: Feed) -> Iterator[list[Array]]:
-        for sample, feed in self._samples:
-            yield run_session(self._session, list(self._judged), {**feed, **extra}, sample)
+    def _energies(self, extra: Feed) -> Iterator[NDArray[np.float64]]:
+        """For every sample, in order: signal and noise of each judged tensor, [2, tensors]."""
+
+        def of(index: int) -> NDArray[np.float64]:
+            sample, feed = self._samples[index]
+            seen = run_session(self._session, list(self._judged), {**feed, **extra}, sample)
+            return self._energy(index, seen)
+
+        return in_lanes(range(len(self._samples)), of, self._lanes)
+
+    def _energy(self, index: int, seen: Sequence[Array]) -> NDArray[np.float64]:
+        total = np.zeros((2, len(self._judged)))
+        triples = zip(self._reference[index], seen, self._judged.values(), strict=True)
+        for i, (y, z, axis) in enumerate(triples):
+            for a, b in _parts(y, z, axis):
+                finite = np.isfinite(a)  # elsewhere the float model itself has no answer
+                a, b = a[finite], b[finite]
+                total[:, i] += a @ a, (a - b) @ (a - b)
+        return total
 
 
 class BlockwiseJudge(Judge):
@@ -188,8 +200,10 @@ class BlockwiseJudge(Judge):
         )
         self._reference = [[spool.keep(v) for v in values] for values in self._run(model, samples)]
 
-    def _answers(self, extra: Feed) -> Iterator[list[Array]]:
-        return self._run(self._simulation.model, [(s, {**feed, **extra}) for s, feed in self._samples])
+    def _energies(self, extra: Feed) -> Iterator[NDArray[np.float64]]:
+        answers = self._run(self._simulation.model, [(s, {**feed, **extra}) for s, feed in self._samples])
+        for index, seen in enumerate(answers):
+            yield self._energy(index, seen)
 
     def _run(self, model: Model, samples: Sequence[Sample]) -> Iterator[list[Array]]:
         names = list(self._judged)
@@ -198,6 +212,11 @@ class BlockwiseJudge(Judge):
         )
         for _, values in answers:
             yield [values[n] for n in names]
+
+
+def _run(session: object, names: Sequence[str], item: Sample) -> list[Array]:
+    sample, feed = item
+    return run_session(session, names, feed, sample)
 
 
 def _parts(

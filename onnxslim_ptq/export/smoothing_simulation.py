@@ -48,7 +48,7 @@ def simulate_smoothing(
     weights: dict[Use, str] = {}
     inputs = []
     for group in groups:
-        name = inverse[group.name] = f"__inverse_{len(inverse)}"
+        name = inverse[group.tensor] = f"__inverse_{len(inverse)}"
         inputs.append(_info(name, (group.channels,)))
         tensor, scaled = graph.tensor(group.tensor), graph.variable(f"{group.tensor}.smoothed")
         graph.add_node("Mul", f"{group.tensor}.smooth", [tensor, gs.Variable(name)], [scaled])

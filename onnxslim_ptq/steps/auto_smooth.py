@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from calib.stats import ChannelStats, MeanStats, MinMaxStats, RowStats
-from calib.types import Array, Probe, Range, Stats
+from calib.stats import MinMaxStats
+from calib.types import Array, Probe, Range, Sample, Stats
 from onnxslim_ptq.core.config import number
 from onnxslim_ptq.core.dtypes import INT8
 from onnxslim_ptq.core.qmath import dequantize, params_from_range
@@ -23,8 +23,15 @@ from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.linears import Linear
 from onnxslim_ptq.graph.smooth_groups import GroupKind, SmoothGroup
 from onnxslim_ptq.steps import smoothing
-from onnxslim_ptq.steps.flex_smooth import row_probe
-from onnxslim_ptq.steps.layer_error import GroupError, takes_rows
+from onnxslim_ptq.steps.group_strengths import (
+    LOCAL,
+    NONE,
+    GroupStrengths,
+    mean_of,
+    strength_probes,
+    strengths_of,
+)
+from onnxslim_ptq.steps.layer_error import takes_rows
 from onnxslim_ptq.steps.placement import Placement
 from onnxslim_ptq.steps.smoothing import Found, GroupsConfig, Smoothed
 from onnxslim_ptq.steps.weights import add_weight_codes, correctable, float_weight, mean_probe, output_shift
@@ -33,18 +40,12 @@ from onnxslim_ptq.workspace import Judge, Workspace
 __all__ = ["AutoSmooth", "run"]
 
 Floats = NDArray[np.float64]
-NONE, LOCAL = "none", "local"
-_SAMPLES = 16  # that the search works with
-_JUDGED, _MOST_JUDGED = (
-    4,
-    8,
-)  # of them judge candidates; the others give scales and ranges, or clipping would not show
-_JUDGED_ELEMENTS = 1e7  # elements of the smoothed tensors that judging one candidate may touch
+_SAMPLES = 12  # that the search works with
+_JUDGED = 4  # of them judge; the others give scales and ranges, or clipping would not show
 _FEWEST = 6  # candidates that are judged in any case
-_ROWS, _OUTPUTS = 64, 1024  # of a group that find its own best strength
-_GAIN_DB = 0.1  # what smoothing has to gain over none, and an alternative over the best so far
+_PROMISE_DB = 1.0  # what the layers of some group have to gain, lest the search is not worth its time
+_GAIN_DB = 0.5  # what smoothing has to gain over none
 _EXPLICIT_GAIN_DB = 0.3  # what a Mul that runs with the model has to gain
-_LOCAL = tuple(i / 10 for i in range(2, 10))
 _BLOCKS = 4
 _LARGEST = {False: 127, True: 64}
 
@@ -67,22 +68,41 @@ def run(
 
     A candidate is judged by simulating the quantized model with smallest-to-largest ranges on some calibration
     samples (`Judge.score`): first one alpha for all groups, then whatever betters that per kind of group and per
-    block of the graph. "local" takes for each group the alpha of its smallest `GroupError`. Source of the scale: Xiao
-    et al., SmoothQuant, ICML 2023, eq. 4; the choice by output error is this project's own.
+    block of the graph. "local" takes for each group the alpha of its smallest `GroupError`; where that promises no
+    group a gain, nothing is judged. Source of the scale: Xiao et al., SmoothQuant, ICML 2023, eq. 4; the choice by
+    output error is this project's own.
     """
     fitting = [group for group in groups if _fits(workspace.graph, group, placement)]
     if not fitting:
         return []
-    search = _Search(workspace, fitting, config, placement)
+    few, judges = _split(workspace.part(_SAMPLES))
+    graph = workspace.graph
+    corrected = _corrected(graph, placement)
+    # One sweep for both what chooses the candidates and what judges them needs.
+    needed = [*strength_probes(graph, fitting, placement), *map(mean_probe, corrected)]
+    stats = few.collect([*needed, *(Probe(p.tensor, "minmax") for p in placement.tensors.values())])
+    strengths = {g.tensor: strengths_of(graph, g, config.alphas, stats, placement) for g in fitting}
+    if max(found.gain_db for found in strengths.values()) < _PROMISE_DB:
+        return []
+    search = _Search(workspace, strengths, config, placement, stats, corrected, list(judges.calibration))
     chosen = search.best()
     done = [
         smoothing.scale_group(config.type, workspace, group, Found(scale))
         for group in fitting
-        if (scale := search.scales[group.name][chosen[group.name]]) is not None
+        if (scale := strengths[group.tensor].scales[chosen[group.tensor]]) is not None
     ]
     if done:
         workspace.changed()
     return done
+
+
+def _corrected(graph: Graph, placement: Placement) -> list[Linear]:
+    """The layers whose bias will take out the mean error of their weight; a Conv reads no group's tensor."""
+    return [
+        layer
+        for layer, choice in placement.layers.values()
+        if choice.bias_correction and layer.op != "Conv" and correctable(graph, layer)
+    ]
 
 
 def _fits(graph: Graph, group: SmoothGroup, placement: Placement) -> bool:
@@ -99,42 +119,29 @@ def _fits(graph: Graph, group: SmoothGroup, placement: Placement) -> bool:
     )
 
 
-@dataclass
-class _Group:
-    """One group with what is known of its tensor."""
-
-    group: SmoothGroup
-    layers: list[Linear]
-    lo: Floats
-    hi: Floats
-
-
 class _Search:
-    """All candidates of one run; ``scales``: group -> label -> [scales], None for no smoothing."""
+    """All candidates of one run: a label for each group, which goes by the name of its tensor."""
 
     def __init__(
-        self, workspace: Workspace, groups: Sequence[SmoothGroup], config: AutoSmooth, placement: Placement
+        self,
+        workspace: Workspace,
+        groups: Mapping[str, GroupStrengths],
+        config: AutoSmooth,
+        placement: Placement,
+        stats: Mapping[Probe, Stats],
+        corrected: Sequence[Linear],
+        judged: Sequence[Sample],
     ) -> None:
-        self.workspace, self.placement = workspace, placement
-        few, judges = _split(workspace.part(_SAMPLES))
+        self.workspace, self.placement, self.groups = workspace, placement, groups
+        self.labels = list(next(iter(groups.values())).scales)
         graph = workspace.graph
-        corrected = [
-            layer
-            for layer, choice in placement.layers.values()
-            if choice.bias_correction and layer.op != "Conv" and correctable(graph, layer)
-        ]
-        stats = few.collect([*_probes(groups, placement), *map(mean_probe, corrected)])
-        self.groups = {g.name: _known(g, stats, placement) for g in groups}
-        self.means = {layer.node: _mean(stats, layer) for layer in corrected}
-        self.labels = (NONE, LOCAL, *(f"{alpha:g}" for alpha in config.alphas))
-        self.scales = self._scales(groups, stats, config)
+        self.means = {layer.node: mean_of(stats, layer) for layer in corrected}
         self.ranges = {key: _extremes(stats, placed.tensor) for key, placed in placement.tensors.items()}
         self.plan = self._plan()
         model = workspace.model()
-        self.simulated: SmoothingSimulation = simulate_smoothing(model, self.plan, groups, corrected)
-        elements = sum(s.extent.count for s in stats.values() if isinstance(s, ChannelStats))
-        affordable = _JUDGED_ELEMENTS * len(few.calibration) / max(elements, 1)
-        judged = list(judges.part(int(np.clip(affordable, _JUDGED, _MOST_JUDGED))).calibration)
+        self.simulated: SmoothingSimulation = simulate_smoothing(
+            model, self.plan, [g.group for g in groups.values()], corrected
+        )
         self.left = max(_FEWEST, round(config.passes * workspace.samples / len(judged)))
         self.judge = Judge(model, self.simulated.simulation, judged, workspace.threads)
         self.rounded = dict.fromkeys(self.groups, "")
@@ -170,42 +177,18 @@ class _Search:
         plan.weights = everything
         return plan
 
-    def _scales(
-        self, groups: Sequence[SmoothGroup], stats: Mapping[Probe, Stats], config: AutoSmooth
-    ) -> dict[str, dict[str, Floats | None]]:
-        return {group.name: self._candidates(group, stats, config) for group in groups}
-
-    def _candidates(
-        self, group: SmoothGroup, stats: Mapping[Probe, Stats], config: AutoSmooth
-    ) -> dict[str, Floats | None]:
-        seen = smoothing.channels(group, stats)
-        if seen is None:
-            return dict.fromkeys(self.labels)
-        graph = self.workspace.graph
-        act = smoothing.reduce_channels(group, seen.absmax, np.max)
-        weight = smoothing.reduce_channels(group, smoothing.weight_absmax(graph, group), np.max)
-        scales: dict[str, Floats | None] = {NONE: None}
-        scales |= {f"{a:g}": _normalized(act, weight, a) for a in config.alphas}
-        rows = stats[row_probe(group)]
-        assert isinstance(rows, RowStats)
-        layers = self.groups[group.name].layers
-        centred = all(layer.node in self.means for layer in layers)
-        error = GroupError(graph, layers, rows.rows[:_ROWS], seen.lo, seen.hi, _OUTPUTS, centred)
-        tried = [_normalized(act, weight, a) for a in _LOCAL]
-        errors = [error.of(smoothing.expand(group, s)) for s in tried]
-        best = int(np.argmin(errors))
-        alone = error.of(np.ones(group.channels))
-        return scales | {LOCAL: tried[best] if errors[best] < alone else None}
-
     def best(self) -> dict[str, str]:
-        """A label for every group: one for all, then what betters that for one kind, or in one block of the graph."""
+        """A label for every group: one for all, then what betters that for one kind, or in one block of the graph.
+
+        None when the strengths that are best for the layers do not help the outputs.
+        """
         names = list(self.groups)
         nothing = dict.fromkeys(names, NONE)
+        if self.score(dict.fromkeys(names, LOCAL)) < self.score(nothing) + _GAIN_DB:
+            return nothing
         best = self._better(nothing, names)
         for part in self._parts(names):
             best = self._better(best, part)
-        if self.score(best) < self.score(nothing) + _GAIN_DB:
-            return nothing
         for part in self._parts([n for n in names if self.groups[n].group.kind is GroupKind.UNFUSED]):
             without = best | dict.fromkeys(part, NONE)
             if without != best and self.score(best) < self.score(without) + _EXPLICIT_GAIN_DB:
@@ -241,7 +224,7 @@ class _Search:
         """Fill the group's feeds for ``label``, unless that is what they hold."""
         if self.rounded[name] == label:
             return
-        scale = self._full(name, label).astype(np.float32)
+        scale = self.groups[name].full(label).astype(np.float32)
         self.feed[self.simulated.inverse[name]] = 1 / scale
         for layer in self.groups[name].layers:
             use = Use(layer.node, layer.weight)
@@ -252,35 +235,15 @@ class _Search:
                 self._shift(layer, buffer, self.means[layer.node] / scale)
         self.rounded[name] = label
 
-    def _full(self, name: str, label: str) -> Floats:
-        """The scale [channels]."""
-        group, scale = self.groups[name].group, self.scales[name][label]
-        return np.ones(group.channels) if scale is None else smoothing.expand(group, scale)
-
     def _numbers(self, chosen: Mapping[str, str]) -> dict[str, QParams]:
-        by_tensor = {g.group.tensor: name for name, g in self.groups.items()}
         numbers = {}
         for key, placed in self.placement.tensors.items():
-            name = by_tensor.get(placed.tensor)
-            found = self.ranges[key]
-            if name is not None:
-                known, scale = self.groups[name], self._full(name, chosen[name])
+            found, known = self.ranges[key], self.groups.get(placed.tensor)
+            if known is not None:
+                scale = known.full(chosen[placed.tensor])
                 found = Range(np.asarray((known.lo / scale).min()), np.asarray((known.hi / scale).max()))
             numbers[key] = params_from_range(found, placed.spec)
         return numbers
-
-
-def _probes(groups: Sequence[SmoothGroup], placement: Placement) -> list[Probe]:
-    own = [p for g in groups for p in (smoothing.channel_probe(g), row_probe(g))]
-    smoothed = {g.tensor for g in groups}
-    return own + [Probe(p.tensor, "minmax") for p in placement.tensors.values() if p.tensor not in smoothed]
-
-
-def _known(group: SmoothGroup, stats: Mapping[Probe, Stats], placement: Placement) -> _Group:
-    seen = smoothing.channels(group, stats)
-    zero = np.zeros(group.channels)
-    layers = [c for c in group.consumers if c.node in placement.layers]
-    return _Group(group, layers, zero if seen is None else seen.lo, zero if seen is None else seen.hi)
 
 
 def _split(few: Workspace) -> tuple[Workspace, Workspace]:
@@ -288,18 +251,11 @@ def _split(few: Workspace) -> tuple[Workspace, Workspace]:
     samples = list(few.calibration)
     if len(samples) < 4:
         return few, few
-    judges = max(len(samples) // 4, min(_MOST_JUDGED, len(samples) // 2))
+    judges = min(_JUDGED, len(samples) // 2)
     every = {int(i) for i in np.linspace(0, len(samples) - 1, judges)}
     parts = ([s for i, s in enumerate(samples) if (i in every) is taken] for taken in (False, True))
     first, second = (replace(few, calibration=part, memo={}) for part in parts)
     return first, second
-
-
-def _mean(stats: Mapping[Probe, Stats], layer: Linear) -> Floats:
-    """E[x] of each input channel; 0 where nothing finite was seen."""
-    found = stats[mean_probe(layer)]
-    assert isinstance(found, MeanStats)
-    return found.mean if found.count else np.zeros(1)
 
 
 def _matched(graph: Graph, layer: Linear, weight: Array, mean: Floats) -> Floats:
@@ -315,12 +271,6 @@ def _extremes(stats: Mapping[Probe, Stats], tensor: str) -> Range:
     if not isinstance(found, MinMaxStats) or found.count == 0:
         return Range(np.zeros(()), np.zeros(()))
     return Range(np.asarray(found.lo), np.asarray(found.hi))
-
-
-def _normalized(act: Floats, weight: Floats, alpha: float) -> Floats:
-    """s of SmoothQuant divided by its geometric mean: the tensor keeps its size on the whole."""
-    scale = smoothing.power_scale(act, weight, alpha, 1 - alpha)
-    return np.asarray(scale / np.exp(np.log(scale).mean()), np.float64)
 
 
 def _round_into(

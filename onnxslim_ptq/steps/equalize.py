@@ -37,19 +37,19 @@ def run(workspace: Workspace, groups: Sequence[SmoothGroup], config: Equalize) -
     graph = workspace.graph
     layers = {layer.node: layer for layer in find_linears(graph)[0]}
     pairs = [(g, p) for g in groups if (p := _producer(graph, g, layers)) is not None]
-    total = {group.name: np.ones(group.scales) for group, _ in pairs}
+    total = {group.tensor: np.ones(group.scales) for group, _ in pairs}
     for _ in range(config.rounds):
         moved = 0.0
         for group, producer in pairs:
             scale = equal_scale(output_absmax(graph, producer), smoothing.weight_absmax(graph, group))
             smoothing.scale_group(config.type, workspace, group, Found(scale))
-            total[group.name] *= scale
+            total[group.tensor] *= scale
             moved = max(moved, float(np.abs(np.log(scale)).max()))
         if moved < _SETTLED:
             break
     workspace.changed()
     return [
-        Smoothed(config.type, g.kind.value, tuple(c.node for c in g.consumers), total[g.name])
+        Smoothed(config.type, g.kind.value, tuple(c.node for c in g.consumers), total[g.tensor])
         for g, _ in pairs
     ]
 

@@ -25,7 +25,7 @@ __all__ = ["apply", "probes"]
 # What `auto` tries, for values that layers read and for values quantized for the sake of their producer alone.
 _FOR_READERS = ("minmax", "mse")
 _FOR_PRODUCERS = ("minmax", "after16", "after")
-_JUDGED_ELEMENTS = 2e7  # tensor elements that judging one candidate may touch
+_JUDGED_ELEMENTS = 1.5e7  # tensor elements that judging one candidate may touch
 _FEWEST, _MOST = 3, 16
 _BLOCKS = 4
 
