@@ -188,6 +188,7 @@ def quantize(
         listener,
         gathering=how,
         recorded=data.recorded,
+        synthetic=data.synthetic,
     )
     outcome = run(job)
     if how.resume is not None:

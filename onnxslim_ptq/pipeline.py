@@ -62,6 +62,7 @@ class Job:
     spool: Spool | None = None
     recorded: Statistics | None = None
     record: Statistics | None = None
+    synthetic: bool = False
 
 
 @dataclass
@@ -121,6 +122,7 @@ def _make_plan(job: Job) -> Planned:
         recorded=job.recorded,
         record=job.record,
         spool=job.spool,
+        synthetic=job.synthetic,
     )
     placement = dry_placement(workspace, layers)
     # A model that keeps everything in subgraphs is passed on in float, and says so: pipelines of many models go on.

@@ -33,6 +33,7 @@ class Samples:
     measured_on: str
     notes: list[str] = field(default_factory=list)
     recorded: Statistics | None = None
+    synthetic: bool = False
 
     @property
     def samples(self) -> int:
@@ -85,9 +86,9 @@ def open_samples(
     if real and samples is not None:
         everything = take(everything, samples)
     if evaluation is not None:
-        return Samples(everything, opener.any(evaluation), "eval", opener.notes)
+        return Samples(everything, opener.any(evaluation), "eval", opener.notes, synthetic=not real)
     if not real:
-        return Samples(everything, everything, "synthetic", opener.notes)
+        return Samples(everything, everything, "synthetic", opener.notes, synthetic=True)
     if not hold_out:
         return Samples(everything, everything, "calibration", opener.notes)
     return Samples(*split_held_out(everything), opener.notes)

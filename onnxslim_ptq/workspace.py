@@ -41,6 +41,7 @@ class Workspace:
 
     ``gathering`` is how statistics are gathered; ``recorded`` are those of an earlier run, used instead; ``record``
     takes down what is gathered. With a ``spool`` memory is short: codes lie in files, and the model runs in blocks.
+    ``synthetic``: the samples are random, so statistics of them say little about real inputs.
     """
 
     graph: Graph
@@ -56,6 +57,7 @@ class Workspace:
     recorded: Statistics | None = None
     record: Statistics | None = None
     spool: Spool | None = None
+    synthetic: bool = False
 
     def codes(self) -> dict[str, WeightCodes]:
         """An empty table for a plan's weight codes."""

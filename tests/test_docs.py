@@ -369,9 +369,10 @@ class TestTables:
         assert f"about {_COUNTED:.0f} elements" in text
         assert f"on {_FEWEST} to {_MOST} calibration samples" in text
         assert f"At most {auto_smooth._SAMPLES} of the calibration samples" in text
-        assert f"{auto_smooth._JUDGED} to {auto_smooth._MOST_JUDGED} samples judge" in text
-        gains = (auto_smooth._GAIN_DB, auto_smooth._EXPLICIT_GAIN_DB)
-        assert "unless the gain is {} dB; an explicit Mul has to gain {} dB".format(*gains) in text
+        assert f"the other {auto_smooth._JUDGED} judge" in text
+        assert f"no group's layers {auto_smooth._PROMISE_DB:g} dB" in text
+        assert f"gains the outputs less than {auto_smooth._GAIN_DB} dB" in text
+        assert f"An explicit Mul has to gain {auto_smooth._EXPLICIT_GAIN_DB} dB" in text
         limits = {row[0]: row[1] for row in _table(_text("docs/calibration-data.md"), "| limit |")}
         assert limits["one decoded sample"] == f"{DEFAULT_LIMITS.max_sample_bytes // 2**30} GiB"
         assert limits["samples"] == f"{DEFAULT_LIMITS.max_samples:,}"

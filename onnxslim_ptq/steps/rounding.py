@@ -95,6 +95,9 @@ def _jobs(
         if isinstance(found, str):
             refused[found].append(layer.node)
             continue
+        if workspace.synthetic and choice.rounder.needs_gram:
+            refused["there is no calibration data"].append(layer.node)
+            continue
         job = _Job(key, tuple(layers[n][0] for n in nodes), choice, choice.rounder, found)
         if found.groups > 1 and isinstance(specs[key].grain, PerTensor):
             refused["one scale for all groups of a Conv"].append(layer.node)

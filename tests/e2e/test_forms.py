@@ -69,6 +69,11 @@ class TestWeightOnly:
         assert operators(result.model, tmp_path).count("MatMulNBits") == 3
         assert not result.plan.activations
 
+    def test_without_data_codes_are_the_nearest(self) -> None:
+        result = quantize(model(), "w4a16-g32", shapes={"x": (2, 5, 64)})
+        assert {codes.rounder for codes in result.plan.weight_codes.values()} == {"rtn"}
+        assert any("there is no calibration data" in note for note in result.notes)
+
     def test_needs_no_data(self) -> None:
         proto = model()
         result = quantize(proto, "w8a16", shapes={"x": (2, 5, 64)})
