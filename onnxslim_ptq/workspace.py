@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -149,16 +150,20 @@ class Judge:
     def score(self, params: Mapping[str, QParams], more: Feed | None = None) -> float:
         """-10 log10 of the mean noise-to-signal ratio of the judged tensors (SQNR capped at 100 dB), over all samples.
 
+        Outputs of one family (`Judged`) count as one: a language model's logits must not be outvoted by sixty caches.
         ``more`` feeds the other inputs that the simulation was given, where it has some.
         """
         extra = {**self._simulation.feed(params), **(more or {})}
         signal, noise = np.sum(list(self._energies(extra)), axis=0)
-        scores = [sqnr_db(float(s), float(n)) for s, n in zip(signal, noise, strict=True)]
-        known = [-100.0 if np.isnan(s) else min(s, 100.0) for s in scores if s is not None]
-        if not known:
-            return 0.0
-        # The mean of the noise, not of the dB: a language model's logits are one output beside sixty caches.
-        return float(-10 * np.log10(np.mean(10 ** (-np.asarray(known) / 10))))
+        families: dict[str, list[float]] = {}
+        for judged, s, n in zip(self._judged.values(), signal, noise, strict=True):
+            sqnr = sqnr_db(float(s), float(n))
+            if sqnr is not None:
+                known = -100.0 if np.isnan(sqnr) else min(sqnr, 100.0)
+                families.setdefault(judged.family, []).append(10 ** (-known / 10))
+        # The mean of the noise, not of the dB: the worst count most.
+        ratios = [float(np.mean(family)) for family in families.values()]
+        return float(-10 * np.log10(np.mean(ratios))) if ratios else 0.0
 
     def _energies(self, extra: Feed) -> Iterator[NDArray[np.float64]]:
         """For every sample, in order: signal and noise of each judged tensor, [2, tensors]."""
@@ -173,8 +178,8 @@ class Judge:
     def _energy(self, index: int, seen: Sequence[Array]) -> NDArray[np.float64]:
         total = np.zeros((2, len(self._judged)))
         triples = zip(self._reference[index], seen, self._judged.values(), strict=True)
-        for i, (y, z, axis) in enumerate(triples):
-            for a, b in _parts(y, z, axis):
+        for i, (y, z, judged) in enumerate(triples):
+            for a, b in _parts(y, z, judged.axis):
                 finite = np.isfinite(a)  # elsewhere the float model itself has no answer
                 a, b = a[finite], b[finite]
                 total[:, i] += a @ a, (a - b) @ (a - b)
@@ -242,21 +247,33 @@ def _parts(
         yield pair[0].reshape(-1), pair[1].reshape(-1)
 
 
-def judged_tensors(model: Model) -> dict[str, int | None]:
+@dataclass(frozen=True)
+class Judged:
+    """How a tensor is judged: without its mean along ``axis`` where a Softmax reads it, together with its family.
+
+    Outputs whose names differ in numbers alone are one family, such as ``present.0.key`` and ``present.29.key``.
+    """
+
+    axis: int | None
+    family: str
+
+
+def judged_tensors(model: Model) -> dict[str, Judged]:
     """The model's outputs, each one behind a saturating function replaced by what that function reads.
 
-    A saturated output hides errors: two classes at 0.999 and 0.001 look right until the logits have moved far. The
-    value is the axis a Softmax normalizes over, None for all others.
+    A saturated output hides errors: two classes at 0.999 and 0.001 look right until the logits have moved far.
     """
     producers = {o: n for n in model.proto.graph.node for o in n.output}
-    judged: dict[str, int | None] = {}
+    judged: dict[str, Judged] = {}
     for output in model.proto.graph.output:
+        family = re.sub(r"\d+", "#", output.name)
         node = producers.get(output.name)
         while node is not None and node.op_type in _TRANSPARENT:
             node = producers.get(node.input[0])
         if node is not None and node.op_type in _SATURATING and node.input[0] in producers:
             axis = next((int(a.i) for a in node.attribute if a.name == "axis"), -1)
-            judged[node.input[0]] = axis if node.op_type in ("Softmax", "LogSoftmax") else None
+            normalized = node.op_type in ("Softmax", "LogSoftmax")
+            judged[node.input[0]] = Judged(axis if normalized else None, family)
         else:
-            judged[output.name] = None
+            judged[output.name] = Judged(None, family)
     return judged

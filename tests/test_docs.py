@@ -368,8 +368,8 @@ class TestTables:
         text = " ".join(_text("docs/how-it-works.md").split())
         assert f"about {_COUNTED:.0f} elements" in text
         assert f"on {_FEWEST} to {_MOST} calibration samples" in text
-        assert f"At most {auto_smooth._SAMPLES} of the calibration samples" in text
-        assert f"the other {auto_smooth._JUDGED} judge" in text
+        assert f"{auto_smooth._JUDGED} of the samples judge candidates" in text
+        assert f"fewer than {auto_smooth._ENOUGH} samples, {auto_smooth._SAMPLES} of them at most" in text
         assert f"no group's layers {auto_smooth._PROMISE_DB:g} dB" in text
         assert f"gains the outputs less than {auto_smooth._GAIN_DB} dB" in text
         assert f"An explicit Mul has to gain {auto_smooth._EXPLICIT_GAIN_DB} dB" in text

@@ -22,7 +22,7 @@ from onnxslim_ptq.export.smoothing_simulation import SmoothingSimulation, simula
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.linears import Linear
 from onnxslim_ptq.graph.smooth_groups import GroupKind, SmoothGroup
-from onnxslim_ptq.steps import smoothing
+from onnxslim_ptq.steps import quantize, smoothing
 from onnxslim_ptq.steps.group_strengths import (
     LOCAL,
     NONE,
@@ -40,12 +40,13 @@ from onnxslim_ptq.workspace import Judge, Workspace
 __all__ = ["AutoSmooth", "run"]
 
 Floats = NDArray[np.float64]
-_SAMPLES = 12  # that the search works with
-_JUDGED = 4  # of them judge; the others give scales and ranges, or clipping would not show
+_ENOUGH = 32  # samples of which a few may judge what was made from all of them
+_SAMPLES = 12  # of fewer, these are all that the search works with: some for statistics, others that judge
+_JUDGED = 4
 _FEWEST = 6  # candidates that are judged in any case
 _PROMISE_DB = 1.0  # what the layers of some group have to gain, lest the search is not worth its time
 _GAIN_DB = 0.5  # what smoothing has to gain over none
-_EXPLICIT_GAIN_DB = 0.3  # what a Mul that runs with the model has to gain
+_EXPLICIT_GAIN_DB = 0.1  # what a Mul that runs with the model has to gain
 _BLOCKS = 4
 _LARGEST = {False: 127, True: 64}
 
@@ -75,16 +76,18 @@ def run(
     fitting = [group for group in groups if _fits(workspace.graph, group, placement)]
     if not fitting:
         return []
-    few, judges = _split(workspace.part(_SAMPLES))
+    seen, judged = _split(workspace)
     graph = workspace.graph
     corrected = _corrected(graph, placement)
-    # One sweep for both what chooses the candidates and what judges them needs.
     needed = [*strength_probes(graph, fitting, placement), *map(mean_probe, corrected)]
-    stats = few.collect([*needed, *(Probe(p.tensor, "minmax") for p in placement.tensors.values())])
+    needed += [Probe(p.tensor, "minmax") for p in placement.tensors.values()]
+    if seen is workspace:  # one sweep serves the ranges too, unless the graph changes
+        needed += quantize.probes(workspace, placement)
+    stats = seen.collect(needed)
     strengths = {g.tensor: strengths_of(graph, g, config.alphas, stats, placement) for g in fitting}
     if max(found.gain_db for found in strengths.values()) < _PROMISE_DB:
         return []
-    search = _Search(workspace, strengths, config, placement, stats, corrected, list(judges.calibration))
+    search = _Search(workspace, strengths, config, placement, stats, corrected, judged)
     chosen = search.best()
     done = [
         smoothing.scale_group(config.type, workspace, group, Found(scale))
@@ -246,16 +249,19 @@ class _Search:
         return numbers
 
 
-def _split(few: Workspace) -> tuple[Workspace, Workspace]:
-    """Samples that give statistics, and others that judge; the same ones where there are fewer than four."""
+def _split(workspace: Workspace) -> tuple[Workspace, list[Sample]]:
+    """What gives statistics, and the samples that judge.
+
+    All samples and some of them; where there are few of them, disjoint parts: else every judge would be an extreme.
+    """
+    few = workspace.part(_SAMPLES)
     samples = list(few.calibration)
-    if len(samples) < 4:
-        return few, few
+    if workspace.samples >= _ENOUGH or len(samples) < 4:
+        return workspace, list(few.part(_JUDGED).calibration)
     judges = min(_JUDGED, len(samples) // 2)
     every = {int(i) for i in np.linspace(0, len(samples) - 1, judges)}
-    parts = ([s for i, s in enumerate(samples) if (i in every) is taken] for taken in (False, True))
-    first, second = (replace(few, calibration=part, memo={}) for part in parts)
-    return first, second
+    rest = [s for i, s in enumerate(samples) if i not in every]
+    return replace(few, calibration=rest, memo={}), [s for i, s in enumerate(samples) if i in every]
 
 
 def _matched(graph: Graph, layer: Linear, weight: Array, mean: Floats) -> Floats:
