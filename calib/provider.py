@@ -37,6 +37,7 @@ class SessionOptions:
 
     ``optimize`` is off | basic | all; ``simulate`` keeps ONNX Runtime from quantizing float weights behind a
     quantized activation by itself (its WeightBiasQuantization optimizer), which a simulation must not do.
+    ``lanes``: how many samples a sweep runs side by side, 0 for one per core; each holds its tensors in memory.
     ``frugal`` gives memory back as soon as a value dies, for sessions that run a few times beside others. Without
     ``prepack`` weights stay as they lie: with them in a file of external data, the session needs no memory for them.
     ``write_optimized`` is where ONNX Runtime leaves the graph as it will really run.
@@ -47,6 +48,7 @@ class SessionOptions:
     threads: int = 0
     write_optimized: Path | None = None
     frugal: bool = False
+    lanes: int = 0
     prepack: bool = True
 
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+from calib.blocks.memory import release_memory
 from calib.blocks.spool import Spool
 from calib.errors import CalibrationError, GraphError
 from calib.gather import Gathering
@@ -170,6 +171,7 @@ def _run(job: Job) -> Outcome:
     if not planned.inside:
         _require_layers(job, plan.weights, plan.skipped)
     notes += graph.notes + plan.notes
+    release_memory()
     verification = verify(
         job.source,
         quantized,

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calib.blocks.blockwise import Blockwise, run_blockwise
+from calib.blocks.memory import release_memory
 from calib.blocks.spool import Spool
 from calib.gather import Gathering, gather
 from calib.model import Model
@@ -95,10 +96,13 @@ class Workspace:
             probes,
             self.calibration,
             device=self.device,
-            options=SessionOptions(threads=self.threads),
+            options=SessionOptions(
+                threads=self.threads, lanes=1
+            ),  # more would be faster and take more memory
             listener=self.listener,
             how=self.gathering,
         )
+        release_memory()
         if self.record is not None:
             self.record.add(model.sha256, found)
         return found
@@ -137,11 +141,13 @@ class Judge:
         self._simulation, self._samples = simulation, samples
         self._judged = judged_tensors(model)
         names = list(self._judged)
+        release_memory()
         self._lanes, options = lanes_for(SessionOptions(threads=threads, simulate=True), "cpu")
         plain = create_session(tap(model, names).SerializeToString(), model.weights, options=options)
         run = partial(_run, plain, names)
         self._reference = list(in_lanes(samples, run, self._lanes))
         del plain, run  # their memory serves the simulating session
+        release_memory()
         simulated = simulation.model
         self._session = create_session(
             tap(simulated, names).SerializeToString(), simulated.weights, options=options

@@ -31,7 +31,7 @@ def lanes_for(options: SessionOptions, device: str) -> tuple[int, SessionOptions
     if device != "cpu":
         return 1, options
     threads = options.threads or _cores()
-    lanes = min(threads, _MOST)
+    lanes = min(options.lanes or threads, threads, _MOST)
     return lanes, replace(options, threads=threads // lanes)
 
 
