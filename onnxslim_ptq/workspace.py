@@ -119,6 +119,20 @@ class Workspace:
             self, calibration=few, memo={}, listener=None, gathering=Gathering(), recorded=None, record=None
         )
 
+    def values(self, tensors: Iterable[str], samples: int) -> list[dict[str, Array]]:
+        """What the float graph computes for ``tensors`` on some calibration samples (at most 16), inputs too."""
+        model, names = self.model(), list(tensors)
+        given = {i.name for i in model.proto.graph.input}
+        made = [name for name in names if name not in given]
+        session = create_session(
+            tap(model, made).SerializeToString(), model.weights, options=SessionOptions(threads=self.threads)
+        )
+        runs = [(feed, run_session(session, made, feed, sample)) for sample, feed in self._few(samples)]
+        return [
+            {**dict(zip(made, found, strict=True)), **{name: feed[name] for name in names if name in given}}
+            for feed, found in runs
+        ]
+
     def judge(self, plan: QuantPlan, samples: int, exact: Model) -> Judge:
         """A judge of activation numbers for ``plan`` against the outputs of the float model ``exact``."""
         few = self._few(samples)

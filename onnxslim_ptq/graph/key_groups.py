@@ -1,7 +1,8 @@
 """Keys and queries of an attention whose channels can trade magnitude: (q s) (k / s)ᵀ = q kᵀ.
 
-Both sides absorb the scale in what makes them (``absorb``). Keys that the search cannot follow are no group: rotary
-embeddings, and keys that are an output of the graph as well (a KV cache).
+Both sides absorb the scale in what makes them (``absorb``). A rotary embedding turns pairs of channels into each other,
+(k cos + rotate(k) sin): the search finds that both channels of a pair share one scale, which commutes with the turn.
+Keys that the search cannot follow are no group, such as those that are an output of the graph as well (a KV cache).
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def _unplaced(run: Callable[[Workspace, Sequence[Any], Any], list[Smoothed]]) ->
 
 STEPS: dict[str, Step] = {
     "auto_smooth": Step(auto_smooth.AutoSmooth, auto_smooth.run),
-    "awq": Step(awq.Awq, _unplaced(awq.run)),
+    "awq": Step(awq.Awq, awq.run),
     "equalize": Step(equalize.Equalize, _unplaced(equalize.run)),
     "flex_smooth": Step(flex_smooth.FlexSmooth, _unplaced(flex_smooth.run)),
     "iter_smooth": Step(iter_smooth.IterSmooth, _unplaced(iter_smooth.run)),
@@ -55,7 +55,7 @@ STEPS: dict[str, Step] = {
         lambda graph, config, layers, _: kv_smooth.chosen(graph, config, layers),
     ),
     "outlier_suppression_lite": Step(
-        outlier_suppression_lite.OutlierSuppressionLite, _unplaced(outlier_suppression_lite.run)
+        outlier_suppression_lite.OutlierSuppressionLite, outlier_suppression_lite.run
     ),
     "outlier_suppression_plus": Step(
         outlier_suppression_plus.OutlierSuppressionPlus, _unplaced(outlier_suppression_plus.run)

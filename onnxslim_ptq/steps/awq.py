@@ -3,40 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from calib.stats import GramStats
+from calib.stats import ChannelStats, GramStats
 from calib.types import Probe, Stats
+from onnxslim_ptq.core.config import problem
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.smooth_groups import SmoothGroup
 from onnxslim_ptq.steps import smoothing
+from onnxslim_ptq.steps.block_loss import BlockLoss, block_losses
 from onnxslim_ptq.steps.layer_error import matrix, round_columns, takes_rows
+from onnxslim_ptq.steps.placement import Placement
 from onnxslim_ptq.steps.smoothing import Found, GroupsConfig, Smoothed
 from onnxslim_ptq.workspace import Workspace
 
-__all__ = ["Awq", "awq_scale", "found_by", "run", "weight_loss"]
+__all__ = ["Awq", "awq_scale", "by_block", "duo_scale", "found_by", "relative_weight", "run", "weight_loss"]
 
 Floats = NDArray[np.float64]
 _LEAST = 1e-4
 
 
 class Awq(GroupsConfig):
-    """``grid``: how many exponents are tried."""
+    """``grid``: how many exponents are tried. ``loss``: where their error is taken; ``block`` is Golden Stick's AWQ.
+
+    ``duo``: weights count in the scale as well (`duo_scale`); with ``loss: block`` only.
+    """
 
     type: Literal["awq"]
     grid: Annotated[int, Field(ge=1, le=100, strict=True)] = 20
+    loss: Literal["layer", "block"] = "layer"
+    duo: bool = False
+
+    @model_validator(mode="after")
+    def _together(self) -> Awq:
+        if self.duo and self.loss != "block":
+            raise problem("goes with loss: block only", "duo")
+        return self
 
 
-def run(workspace: Workspace, groups: Sequence[SmoothGroup], config: Awq) -> list[Smoothed]:
-    """Scale every group of MatMul or Gemm by `found_by`."""
+def run(
+    workspace: Workspace, groups: Sequence[SmoothGroup], config: Awq, placement: Placement
+) -> list[Smoothed]:
+    """Scale every group of MatMul or Gemm by `found_by` or, with the loss of its block, `by_block`."""
+    fitting = [group for group in groups if takes_rows(group)]
+    if config.loss == "block":
+        losses = partial(block_losses, workspace, placement=placement)
+        find = partial(by_block, workspace.graph, config)
+        return smoothing.smooth_by_block(config.type, workspace, fitting, losses, find)
     return smoothing.smooth_each(
         config.type,
         workspace,
-        [group for group in groups if takes_rows(group)],
+        fitting,
         lambda group: [smoothing.channel_probe(group), _gram_probe(group)],
         lambda group, stats: found_by(workspace.graph, group, stats, config),
     )
@@ -64,6 +86,38 @@ def found_by(graph: Graph, group: SmoothGroup, stats: Mapping[Probe, Stats], con
         return sum(weight_loss(w, mean, smoothing.expand(group, scale)) for w in weights)
 
     return Found(min((awq_scale(size, i / config.grid) for i in range(config.grid)), key=loss))
+
+
+def by_block(graph: Graph, config: Awq, group: SmoothGroup, seen: ChannelStats, loss: BlockLoss) -> Floats:
+    """The scale with the smallest `BlockLoss` of rounded weights, activations in float, exponents as in `found_by`.
+
+    Source: MindSpore Golden Stick, AWQ (its grid of 20 exponents below 1, ``duo_scaling``).
+    """
+    size = smoothing.reduce_channels(group, seen.abs_sum / seen.count, np.mean)
+    share = relative_weight([matrix(graph, layer) for layer in group.consumers]) if config.duo else None
+    weight = None if share is None else smoothing.reduce_channels(group, share, np.mean)
+
+    def scale(exponent: float) -> Floats:
+        return awq_scale(size, exponent) if weight is None else duo_scale(size, weight, exponent)
+
+    grid = [i / config.grid for i in range(config.grid)]
+    return min((scale(r) for r in grid), key=lambda s: loss.of(smoothing.expand(group, s)))
+
+
+def duo_scale(size: Floats, weight: Floats, exponent: float) -> Floats:
+    """s = max(a^r / (w^(1-r) + 1e-4), 1e-4), divided by sqrt(max(s) min(s)); 1 for channels dead in a or w; [scales].
+
+    a: mean magnitude of the activation, w: `relative_weight`. Source: MindSpore Golden Stick, AWQ with ``duo_scaling``.
+    """
+    alive = (size > 0) & (weight > 0)
+    scale = np.maximum(size**exponent / (weight ** (1 - exponent) + _LEAST), _LEAST)
+    return np.where(alive, scale / np.sqrt(scale.max() * scale.min()), 1.0)
+
+
+def relative_weight(weights: Sequence[NDArray[np.float32]]) -> Floats:
+    """w_j = mean over outputs i of |W_ji| / (max_j |W_ji| + 1e-6), float64 [channels]; weights [channels, outputs]."""
+    size = np.abs(np.concatenate(weights, axis=1)).astype(np.float64)
+    return np.asarray((size / (size.max(axis=0) + 1e-6)).mean(axis=1))
 
 
 def awq_scale(size: Floats, exponent: float) -> Floats:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,11 +34,13 @@ __all__ = [
     "power_scale",
     "reduce_channels",
     "scale_group",
+    "smooth_by_block",
     "smooth_each",
     "weight_absmax",
 ]
 
 Floats = NDArray[np.float64]
+Loss = TypeVar("Loss")
 FOLDED = (GroupKind.NORM_LINEAR, GroupKind.OV, GroupKind.UP_DOWN, GroupKind.LINEAR_LINEAR)
 _STATE = 1 << 29  # bytes of statistics that one sweep may hold; a Gram matrix takes 17 per entry
 _KINDS = [kind.value for kind in GroupKind]
@@ -129,6 +131,24 @@ def smooth_each(
             found = find(group, {p: stats[p] for p in probes(group)})
             if found is not None:
                 done.append(scale_group(step, workspace, group, found))
+        workspace.changed()
+    return done
+
+
+def smooth_by_block(
+    step: str,
+    workspace: Workspace,
+    groups: Sequence[SmoothGroup],
+    losses: Callable[[Sequence[SmoothGroup]], Iterable[tuple[SmoothGroup, Loss]]],
+    find: Callable[[SmoothGroup, ChannelStats, Loss], Floats],
+) -> list[Smoothed]:
+    """Scale each group by what ``find`` makes of its channels and loss; all losses are of the graph as it is now."""
+    stats = workspace.collect(channel_probe(group) for group in groups)
+    known = {g.tensor: seen for g in groups if (seen := channels(g, stats)) is not None}
+    todo = [group for group in groups if group.tensor in known]
+    found = [(group, find(group, known[group.tensor], loss)) for group, loss in losses(todo)]
+    done = [scale_group(step, workspace, group, Found(scale)) for group, scale in found]
+    if done:
         workspace.changed()
     return done
 

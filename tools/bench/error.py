@@ -37,3 +37,22 @@ class Noise:
         """The smallest SQNR in dB of the outputs with a signal; 200 stands for no difference at all."""
         pairs = [(s, n) for s, n in zip(self._signal, self._noise, strict=True) if s > 0]
         return min((10 * float(np.log10(s / n)) if n > 0 else 200.0 for s, n in pairs), default=None)
+
+
+class Paired:
+    """How much the losses of the same predictions grew: their mean and its standard error, s / sqrt(n)."""
+
+    def __init__(self) -> None:
+        self._growths: list[np.ndarray] = []
+
+    def add(self, growth: np.ndarray) -> None:
+        """The differences of one sample's losses."""
+        self._growths.append(np.asarray(growth, np.float64).ravel())
+
+    def metrics(self) -> dict[str, float]:
+        """``loss_growth`` and ``loss_growth_error``; nothing without at least two predictions."""
+        growths = np.concatenate(self._growths) if self._growths else np.empty(0)
+        if growths.size < 2:
+            return {}
+        error = float(growths.std(ddof=1)) / float(np.sqrt(growths.size))
+        return {"loss_growth": float(growths.mean()), "loss_growth_error": error}

@@ -113,22 +113,26 @@ def _peer(setting: dict[str, Any]) -> Callable[[Path, Path, list[Feed]], str]:
 
 
 def measure(case: Case, file: str) -> dict[str, Any]:
-    """Task metrics of a quantized file and its worst-output SQNR over all evaluation samples."""
-    from .error import Noise
+    """Task metrics of a quantized file and its worst-output SQNR over all evaluation samples; where every prediction
+    has a loss, what it grew by, and the standard error of that mean over the pairs."""
+    from .error import Noise, Paired
 
     exact, other = open_session(case.model, threads=1), open_session(Path(file), threads=1)
-    noise = Noise([output.name for output in exact.get_outputs()])
+    noise, paired = Noise([output.name for output in exact.get_outputs()]), Paired()
 
     def outputs() -> Iterable[Any]:
         with ThreadPoolExecutor(1) as beside:
-            for feed in case.evaluation:
+            for index, feed in enumerate(case.evaluation):
                 future = beside.submit(exact.run, None, feed)
                 z = other.run(None, feed)
-                noise.add(future.result(), z)
+                y = future.result()
+                noise.add(y, z)
+                if case.losses:
+                    paired.add(case.losses(index, z) - case.losses(index, y))
                 yield z
 
     metrics = case.score(outputs())
-    return {"metrics": metrics, "sqnr": noise.worst()}
+    return {"metrics": metrics | paired.metrics(), "sqnr": noise.worst()}
 
 
 def latency(case: Case, files: Sequence[str], rounds: int) -> dict[str, Any]:

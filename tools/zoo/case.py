@@ -13,6 +13,7 @@ T = TypeVar("T")
 Feed = dict[str, np.ndarray]
 Outputs = Sequence[np.ndarray]
 Score = Callable[[Iterable[Outputs]], dict[str, float]]
+Losses = Callable[[int, Outputs], np.ndarray]
 
 
 class ZooUnavailable(Exception):
@@ -24,7 +25,10 @@ class ZooUnavailable(Exception):
 
 @dataclass(frozen=True)
 class Case:
-    """One float model with the data to calibrate it and the labels to judge it."""
+    """One float model with the data to calibrate it and the labels to judge it.
+
+    ``losses``: of an evaluation sample, by its number, one for each prediction; for models whose metric is their mean.
+    """
 
     name: str
     model: Path
@@ -32,6 +36,7 @@ class Case:
     evaluation: Sequence[Feed]
     score: Score
     latency_feed: Feed
+    losses: Losses | None = None
 
 
 class Lazy(Sequence[T], Generic[T]):

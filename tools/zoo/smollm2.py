@@ -40,6 +40,7 @@ def load() -> Case:
         Lazy(windows, partial(_feed, evaluation, _WINDOW)),
         partial(_score, evaluation),
         _feed(evaluation, _LATENCY_TOKENS, 0),
+        partial(_losses, evaluation),
     )
 
 
@@ -62,11 +63,15 @@ def _feed(tokens: np.ndarray, length: int, start: int) -> Feed:
 
 def _score(tokens: np.ndarray, outputs: Iterable[Outputs]) -> dict[str, float]:
     """Perplexity of each window's next tokens; logits are reduced one window at a time."""
-    loss, count = 0.0, 0
-    for index, (logits, *_) in enumerate(outputs):
-        following = tokens[index * _WINDOW + 1 : (index + 1) * _WINDOW + 1]
-        for row, wanted in zip(logits[0], following, strict=True):
-            top = float(row.max())
-            loss += top + float(np.log(np.exp(row - top).sum(dtype=np.float64))) - float(row[wanted])
-            count += 1
-    return {"perplexity": float(np.exp(loss / count))}
+    losses = [_losses(tokens, index, seen) for index, seen in enumerate(outputs)]
+    return {"perplexity": float(np.exp(np.concatenate(losses).mean()))}
+
+
+def _losses(tokens: np.ndarray, index: int, outputs: Outputs) -> np.ndarray:
+    """-log p of every next token of a window, float64 [window]."""
+    following = tokens[index * _WINDOW + 1 : (index + 1) * _WINDOW + 1]
+    found = np.empty(_WINDOW)
+    for at, (row, wanted) in enumerate(zip(outputs[0][0], following, strict=True)):
+        top = float(row.max())
+        found[at] = top + float(np.log(np.exp(row - top).sum(dtype=np.float64))) - float(row[wanted])
+    return found

@@ -49,7 +49,7 @@ NORMS: dict[str, tuple[int, int | None, int]] = {
 }
 VALUE_KEEPING = frozenset({"Identity", "Cast", "Dropout"})
 _POOLS = frozenset({"MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"})
-HOMOGENEOUS = VALUE_KEEPING | _POOLS | {"Relu", "LeakyRelu", "PRelu", "Clip", "Abs"}
+HOMOGENEOUS = VALUE_KEEPING | _POOLS | {"Relu", "LeakyRelu", "PRelu", "Clip", "Abs", "Neg"}
 _FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
 
@@ -203,7 +203,8 @@ def _move(search: Search, made: Made) -> None:
     if (layout == NONE).all():
         raise Refusal(f"{node.op} '{node.name}' moves nothing")
     search.inner[node.name] = frozenset({0})
-    search.scale(node.inputs[0], layout, made.shift, made.equal and node.op in PRESERVING)
+    whole = node.op in PRESERVING
+    search.scale(node.inputs[0], layout, made.shift, made.equal and whole, selected=not whole)
 
 
 def _concat(search: Search, made: Made) -> None:

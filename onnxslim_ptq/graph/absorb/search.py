@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -69,18 +69,29 @@ class Search:
     consumers: list[tuple[Linear, Layout]] = field(default_factory=list)
     inner: dict[str, frozenset[int]] = field(default_factory=dict)  # node -> its inputs that are scaled
     todo: list[Made] = field(default_factory=list)
+    selected: set[str] = field(default_factory=set)  # values of which nodes read parts, and none reads more
     through_product: bool = False
     through_attention: bool = False
     at_norm: bool = False
 
-    def scale(self, tensor: gs.Tensor, layout: Layout, shift: bool = False, equal: bool = False) -> None:
-        """Value ``tensor`` is to be scaled by ``layout``; what makes it is looked at later."""
+    def scale(
+        self,
+        tensor: gs.Tensor,
+        layout: Layout,
+        shift: bool = False,
+        equal: bool = False,
+        selected: bool = False,
+    ) -> None:
+        """Value ``tensor`` is to be scaled by ``layout``; what makes it is looked at later.
+
+        ``selected``: where the layout has no number, its reader does not look (a Slice); another reader may then
+        have one there. A rotary embedding reads its input whole, and in halves.
+        """
         name, graph = tensor.name, self.place.graph
         if (layout == NONE).all():
             return
         if name in self.values:
-            old, new = np.broadcast_arrays(self.values[name], layout)
-            self.numbers.same(np.ascontiguousarray(old), np.ascontiguousarray(new))
+            self._agree(name, layout, selected)
             return
         if graph.is_constant(tensor):
             raise Refusal(f"constant '{name}' would have to be scaled")
@@ -92,9 +103,26 @@ class Search:
         if is_captured(graph, tensor):
             raise Refusal(f"'{name}' is read inside a subgraph")
         self.values[name] = layout
+        if selected:
+            self.selected.add(name)
         if equal:
             self.equal.add(name)
         self.todo.append(Made(node, tensor, layout, shift, equal))
+
+    def _agree(self, name: str, layout: Layout, selected: bool) -> None:
+        """One more reader of a value that is scaled already."""
+        old, new = (np.ascontiguousarray(v) for v in np.broadcast_arrays(self.values[name], layout))
+        if selected:
+            new = np.where(new == NONE, old, new)
+        if name in self.selected:
+            grown = np.where(old == NONE, new, old)
+            at = next((i for i, made in enumerate(self.todo) if made.output.name == name), None)
+            if at is not None and not np.array_equal(grown, old):
+                old = self.values[name] = grown
+                self.todo[at] = replace(self.todo[at], layout=grown)
+            if not selected:
+                self.selected.discard(name)
+        self.numbers.same(old, new)
 
     def operand(self, node: gs.Node, port: int, layout: Layout) -> None:
         """Scale an operand of a node that broadcasts, given the layout of its result."""
