@@ -27,6 +27,7 @@ from onnxslim_ptq.errors import VerificationError
 from onnxslim_ptq.export.check import check_file, source_files
 from onnxslim_ptq.export.description import Calibration, Context, describe, write_description
 from onnxslim_ptq.export.files import AtomicFiles, OutputPaths, output_paths, write_model
+from onnxslim_ptq.export.renderers import RENDERERS
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.pipeline import Job, Outcome, run
 from onnxslim_ptq.recipe import Recipe
@@ -88,8 +89,9 @@ class Result:
         with AtomicFiles(output_paths(Path(out), stem, self.recipe.quant_type), protected) as files:
             target = files.temporary.model
             write_model(self.quantized, target, external=external_data or self.blockwise)
-            self.notes += check_file(target, source=self.source.path or self.source.proto)
-            self._run_written(target)
+            proof = RENDERERS[TARGETS[self.context.target].exporter].proof(target, files.folder)
+            self.notes += check_file(proof, source=self.source.path or self.source.proto)
+            self._run_written(proof)
             described = describe(self.plan, self.graph, self.quantized.proto, self.context)
             write_description(described, files.temporary)
             return files.commit()

@@ -47,11 +47,6 @@ def checked(
     row = TARGETS.get(target or loaded.target)
     if row is None:
         raise RecipeError(f"target '{target}' is unknown; use one of {', '.join(TARGETS)}")
-    if row.exporter is None:
-        raise RecipeError(
-            f"target '{row.name}' is not available yet; "
-            f"available: {', '.join(n for n, t in TARGETS.items() if t.exporter)}"
-        )
     if nan not in _NAN_POLICIES:
         raise RecipeError(f"nan: '{nan}' is unknown; use one of {', '.join(_NAN_POLICIES)}")
     require_device(device)

@@ -23,7 +23,7 @@ from onnxslim_ptq.core.spec import QuantPlan
 from onnxslim_ptq.core.targets import BiasForm, Target
 from onnxslim_ptq.errors import RecipeError, VerificationError
 from onnxslim_ptq.export.fusion import guard_float_layers
-from onnxslim_ptq.export.qdq import render_qdq
+from onnxslim_ptq.export.renderers import RENDERERS
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.linears import Linear, find_linears
 from onnxslim_ptq.graph.opset import raise_opset
@@ -172,14 +172,16 @@ def _run(job: Job) -> Outcome:
         _require_layers(job, plan.weights, plan.skipped)
     notes += graph.notes + plan.notes
     release_memory()
+    renderer = RENDERERS[job.target.exporter]
     verification = verify(
         job.source,
-        quantized,
+        renderer.runnable(quantized),
         job.evaluation,
         threads=job.threads,
         foreign=job.target.bias is BiasForm.FLOAT,
         listener=job.listener,
         spool=job.spool,
+        twin=renderer.twin(workspace.model(), plan, job.target),
     )
     _require(job, verification)
     return Outcome(quantized, graph, plan, verification, notes + verification.warnings, planned.smoothed)
@@ -247,6 +249,11 @@ def _choice(config: LayerConfig, target: Target) -> LayerChoice:
 
 def _activation(config: LayerConfig, target: Target) -> StaticActivation | PerTokenActivation | None:
     act = config.act
+    if target.static_only and (act is None or act.per == "token"):
+        raise RecipeError(
+            f"recipe: steps[{config.step}].act: target '{target.name}' takes static activations with one scale "
+            "only; leave act at its default, or choose another target"
+        )
     if act is None:
         return None
     dtype = target.activation if act.dtype == "auto" else int_type(act.dtype)
@@ -255,6 +262,11 @@ def _activation(config: LayerConfig, target: Target) -> StaticActivation | PerTo
         raise RecipeError(
             f"recipe: steps[{config.step}].act: target '{target.name}' takes symmetric "
             f"{target.activation} activations only; leave dtype and symmetric at auto"
+        )
+    if target.static_only and dtype is not target.activation:
+        raise RecipeError(
+            f"recipe: steps[{config.step}].act.dtype: target '{target.name}' takes {target.activation} activations "
+            "only; leave dtype at auto"
         )
     if act.per == "token":
         return PerTokenActivation(dtype)
@@ -309,7 +321,7 @@ def _rendered(job: Job, workspace: Workspace, placement: Placement, plan: QuantP
             break
         for name in slow:
             leave_float(plan, placement, workspace.graph, name)
-    rendered = render_qdq(workspace.model(), plan, job.target)
+    rendered = RENDERERS[job.target.exporter].render(workspace.model(), plan, job.target)
     return guard_float_layers(rendered) if job.target.optimizes_here else rendered
 
 

@@ -28,6 +28,7 @@ from calib.types import Array, Dataset, Feed
 from onnxslim_ptq.analysis.latency import Latency, measure_latency
 from onnxslim_ptq.analysis.metrics import OutputError, worst_sqnr
 from onnxslim_ptq.export.fusion import unfused_weights
+from onnxslim_ptq.export.lowering import is_ascend, lower_ascend
 from onnxslim_ptq.graph.linears import LINEAR_OPS
 from onnxslim_ptq.graph.precision import already_quantized
 
@@ -87,8 +88,13 @@ def compare_models(
     latency: bool = True,
     listener: Listener | None = None,
 ) -> Comparison:
-    """Run both models on every sample; GraphError when they do not have the same inputs and outputs."""
+    """Run both models on every sample; GraphError when they do not have the same inputs and outputs.
+
+    A model for Ascend is compared in standard operators: ONNX Runtime does not know AscendQuant.
+    """
     _check_pair(exact, quantized)
+    if is_ascend(quantized):
+        quantized = lower_ascend(quantized)
     outputs, layers, count = _Run(exact, quantized, threads).measure(data, listener)
     weights = _integer_weights(quantized)
     notes = [f for e in outputs for f in e.faults[:1]]

@@ -73,11 +73,9 @@ def _plan(model: Path, settings: Mapping[str, Any]) -> _Plan:
         include=settings["include"], exclude=settings["exclude"]
     )
     target = TARGETS.get(settings["target"] or recipe.target)
-    if target is None or target.exporter is None:
-        what = "is unknown" if target is None else "is not available yet"
+    if target is None:
         raise RecipeError(
-            f"target '{settings['target'] or recipe.target}' {what}; available: "
-            + ", ".join(n for n, t in TARGETS.items() if t.exporter)
+            f"target '{settings['target'] or recipe.target}' is unknown; use one of {', '.join(TARGETS)}"
         )
     require_device(settings["device"])
     source = open_model(model)

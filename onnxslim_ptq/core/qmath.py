@@ -24,6 +24,7 @@ __all__ = [
     "params_from_range",
     "quantize",
     "quantize_bias",
+    "reciprocal_pair",
     "sqnr_db",
 ]
 
@@ -143,6 +144,16 @@ def quantize_bias(bias: Array, scale: NDArray[np.float64]) -> tuple[NDArray[np.i
     exact = np.rint(np.asarray(bias, np.float64) / scale)
     clipped = int(np.count_nonzero((exact < INT32.lowest) | (exact > INT32.highest)))
     return np.clip(exact, INT32.lowest, INT32.highest).astype(np.int32), clipped
+
+
+def reciprocal_pair(params: QParams) -> QParams:
+    """``params`` with a scale s that survives the way through its reciprocal: float32(1 / float32(1 / s)) == s.
+
+    Moves s by one unit in the last place of float32 at most; then the file, which holds 1 / s, tells s exactly.
+    """
+    inverse = np.float32(1) / params.scale.astype(np.float32)
+    scale = np.asarray(np.float32(1) / inverse, np.float64)
+    return QParams(params.spec, scale, params.zero_point)
 
 
 def sqnr_db(signal: float, noise: float) -> float | None:

@@ -25,7 +25,9 @@ class Target:
     ``depthwise_pays``: whether an integer depthwise Conv is faster than the float one between float values.
     ``float16_cast``: a float16 model computes its quantized layers in float32 between casts (no float16 kernels).
     ``optimizes_here``: ONNX Runtime on this machine is the target, so its optimized graph is checked for weights
-    that would be dequantized at every run. ``exporter`` names the form of the written graph; None: not available yet.
+    that would be dequantized at every run. ``exporter`` names the form of the written graph (export.renderers).
+    ``static_only``: activations have one known scale of type ``activation``; no weight-only or per-token layers.
+    ``reciprocal_scale``: the file holds 1 / s_x, so s_x is one that its own reciprocal tells exactly.
     """
 
     name: str
@@ -38,9 +40,11 @@ class Target:
     float16_cast: bool
     depthwise_pays: bool
     optimizes_here: bool
-    exporter: str | None
+    exporter: str
     highest_opset: int
     source: str
+    static_only: bool = False
+    reciprocal_scale: bool = False
 
 
 _LINEAR = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
@@ -112,16 +116,18 @@ TARGETS: dict[str, Target] = {
             "ascend",
             INT8,
             False,
-            _LINEAR,
+            frozenset({"Conv", "Gemm", "MatMul"}),
             frozenset(),
             frozenset({"Conv"}),
             BiasForm.INT32,
             False,
             True,
             False,
-            None,
+            "ascend",
             17,
-            "AscendQuant/AscendDequant graphs",
+            "CANN: AscendQuant and AscendDequant; one scale for a whole MatMul or Gemm weight",
+            static_only=True,
+            reciprocal_scale=True,
         ),
     )
 }

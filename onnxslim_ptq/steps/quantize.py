@@ -11,7 +11,7 @@ from calib.model import Model
 from calib.stats import HistogramStats, MeanStats
 from calib.types import Probe, Range, Stats
 from onnxslim_ptq.core.choice import AUTO, OUTPUT_MSE
-from onnxslim_ptq.core.qmath import params_from_range
+from onnxslim_ptq.core.qmath import params_from_range, reciprocal_pair
 from onnxslim_ptq.core.spec import QParams, QuantPlan
 from onnxslim_ptq.steps.output_range import output_probes, output_range
 from onnxslim_ptq.steps.placement import Placement
@@ -57,6 +57,8 @@ def apply(workspace: Workspace, placement: Placement, stats: Mapping[Probe, Stat
         workspace.changed()
     plan.ranges = _ranges(workspace, placement, plan, stats, plain)
     plan.params = _numbers(placement, plan.ranges)
+    if workspace.target.reciprocal_scale:
+        plan.params = {key: reciprocal_pair(params) for key, params in plan.params.items()}
     add_bias_codes(workspace.graph, plan, layers)
     return plan
 

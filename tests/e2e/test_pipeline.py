@@ -146,9 +146,12 @@ class TestTargets:
         assert quantized(mlp(), recipe=recipe).context.target == "tensorrt"
         assert quantized(mlp(), recipe=recipe, target="generic").context.target == "generic"
 
-    def test_ascend_is_not_there_yet(self) -> None:
-        with pytest.raises(RecipeError, match=r"'ascend' is not available yet; available: cpu, generic"):
-            quantized(mlp(), target="ascend")
+    def test_ascend_takes_signed_activations_only(self) -> None:
+        with pytest.raises(
+            RecipeError, match=r"steps\[0\].act.dtype: target 'ascend' takes int8 activations"
+        ):
+            recipe = {"steps": [{"type": "quantize", "act": {"dtype": "uint8"}}]}
+            quantized(mlp(), recipe=recipe, target="ascend")
 
     def test_tensorrt_takes_symmetric_int8_only(self) -> None:
         for act in ({"symmetric": False}, {"dtype": "uint8"}):
