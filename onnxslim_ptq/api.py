@@ -14,7 +14,7 @@ import onnx
 from calib.errors import CalibrationError, GraphError
 from calib.model import Model, open_model, to_array
 from calib.provider import SessionOptions, create_session, runtime
-from calib.runner import Listener, run_session
+from calib.runner import Listener
 from calib.saved.progress import Resume
 from calib.saved.store import Statistics
 from calib.types import Array, SampleId
@@ -24,8 +24,10 @@ from onnxslim_ptq.asked import checked, gathering
 from onnxslim_ptq.core.spec import QuantPlan
 from onnxslim_ptq.core.targets import TARGETS, BiasForm
 from onnxslim_ptq.errors import VerificationError
+from onnxslim_ptq.export.cache import io_changes
 from onnxslim_ptq.export.check import check_file, source_files
 from onnxslim_ptq.export.description import Calibration, Context, describe, write_description
+from onnxslim_ptq.export.exchange import Exchange
 from onnxslim_ptq.export.files import AtomicFiles, OutputPaths, output_paths, write_model
 from onnxslim_ptq.export.renderers import RENDERERS
 from onnxslim_ptq.graph.graph import Graph
@@ -106,7 +108,8 @@ class Result:
         except GraphError as error:
             raise VerificationError(f"the written model does not load: {error}") from None
         names = [o.name for o in self.source.proto.graph.output]
-        for name, y, z in zip(names, expected, run_session(session, names, feed, _FIRST), strict=True):
+        seen = Exchange.of(self.quantized).run(session, names, feed, _FIRST)
+        for name, y, z in zip(names, expected, seen, strict=True):
             if not _same(leaves(y), leaves(z)):
                 raise VerificationError(
                     f"the written model answers '{name}' differently from the one that was verified; "
@@ -234,6 +237,7 @@ def _result(job: Job, outcome: Outcome, data: Samples, seed: int) -> Result:
         seed=seed,
         metrics=metrics,
         smoothing=[found.as_json() for found in outcome.smoothing],
+        io_changes=io_changes(outcome.plan.io),
     )
     return Result(
         outcome.quantized,

@@ -31,7 +31,7 @@ from onnxslim_ptq.graph.optimize import optimize
 from onnxslim_ptq.graph.precision import already_quantized
 from onnxslim_ptq.recipe import Recipe
 from onnxslim_ptq.resolution import LayerConfig, resolve
-from onnxslim_ptq.steps import quantize
+from onnxslim_ptq.steps import kv_cache, quantize
 from onnxslim_ptq.steps.fusing import dry_placement, leave_float, unfused_layers
 from onnxslim_ptq.steps.placement import Placement, place
 from onnxslim_ptq.steps.run_smoothing import run_smoothing, smoothing_notes
@@ -80,14 +80,15 @@ class Outcome:
 
 @dataclass
 class Planned:
-    """The plan before anything is rendered; ``inside``: every layer lies in a subgraph, so there is nothing to do."""
+    """The plan before anything is rendered; ``needs_layers``: an empty plan is an error; not when every
+    layer lies in a subgraph, or the recipe is about the KV cache alone."""
 
     workspace: Workspace
     placement: Placement
     plan: QuantPlan
     skipped: dict[str, str]
     notes: list[str]
-    inside: bool
+    needs_layers: bool
     smoothed: list[Smoothed]
 
 
@@ -127,22 +128,27 @@ def _make_plan(job: Job) -> Planned:
     )
     placement = dry_placement(workspace, layers)
     # A model that keeps everything in subgraphs is passed on in float, and says so: pipelines of many models go on.
+    caches = kv_cache.chosen(graph, job.recipe.caches)
     inside = not layers and any(graph.has_subgraph(n) for n in graph.nodes)
-    if inside:
+    needs_layers = not inside and job.recipe.layers
+    if inside and job.recipe.layers:
         notes.append(
             "every layer lies inside a subgraph (If, Loop, Scan): the written model computes in float"
         )
-    else:
+    elif needs_layers:
         _require_layers(job, placement.layers, {**skipped, **placement.skipped})
     smoothing = _smoothing(job, notes)
     layers, placement, smoothed = run_smoothing(workspace, smoothing, _names(job, graph), layers, placement)
     notes += smoothing_notes(smoothed)
+    workspace.collect([*quantize.probes(workspace, placement), *kv_cache.probes(caches)])  # in one sweep
     placement, stats = _statistics(job, workspace, placement, layers, notes)
-    if not inside:
+    if needs_layers:
         _require_layers(job, placement.layers, {**skipped, **placement.skipped})
+    cached = workspace.collect(kv_cache.probes(caches))
     plan = quantize.apply(workspace, placement, stats)
+    plan.io = kv_cache.apply(caches, cached)
     workspace.memo.clear()  # histograms are no longer needed
-    return Planned(workspace, placement, plan, skipped, notes, inside, smoothed)
+    return Planned(workspace, placement, plan, skipped, notes, needs_layers, smoothed)
 
 
 def _smoothing(job: Job, notes: list[str]) -> list[SmoothingConfig]:
@@ -168,7 +174,7 @@ def _run(job: Job) -> Outcome:
     graph, skipped, notes = workspace.graph, planned.skipped, planned.notes
     quantized = _rendered(job, workspace, placement, plan)
     plan.skipped = {**skipped, **placement.skipped, **plan.skipped}
-    if not planned.inside:
+    if planned.needs_layers:
         _require_layers(job, plan.weights, plan.skipped)
     notes += graph.notes + plan.notes
     release_memory()
@@ -243,7 +249,13 @@ def _original(node: str, given: Collection[str]) -> str:
 
 def _choice(config: LayerConfig, target: Target) -> LayerChoice:
     weight = config.weight
-    form = WeightForm(int_type(weight.dtype), weight.symmetric, weight.per != "tensor", weight.group_size)
+    form = WeightForm(
+        int_type(weight.dtype),
+        weight.symmetric,
+        weight.per != "tensor",
+        weight.group_size,
+        weight.full_range,
+    )
     return LayerChoice(_activation(config, target), form, config.bias_correction, config.rounder.build())
 
 

@@ -32,6 +32,7 @@ from onnxslim_ptq.recipes.data import DataConfig
 from onnxslim_ptq.recipes.explain import explain, meant
 from onnxslim_ptq.rounders import ROUNDERS
 from onnxslim_ptq.steps import STEPS
+from onnxslim_ptq.steps.kv_cache import KvCacheStep
 from onnxslim_ptq.steps.smoothing import SmoothingConfig
 
 __all__ = [
@@ -106,6 +107,7 @@ class WeightConfig(Config):
     per: Literal["channel", "tensor", "group"] = "channel"
     group_size: int | None = Field(default=None, ge=16)
     symmetric: bool = True
+    full_range: bool = False
 
     @property
     def fits_integer_kernels(self) -> bool:
@@ -117,6 +119,12 @@ class WeightConfig(Config):
             raise problem("per: group and group_size belong together; give both or neither", "group_size")
         if self.group_size is not None and self.group_size & (self.group_size - 1):
             raise problem(f"{self.group_size} is no power of two, as runtimes want it", "group_size")
+        return self
+
+    @model_validator(mode="after")
+    def _full_range_is_symmetric(self) -> WeightConfig:
+        if self.full_range and not (self.symmetric and self.dtype.startswith("int")):
+            raise problem("full_range is of symmetric weights of a signed type", "full_range")
         return self
 
 
@@ -159,13 +167,13 @@ class ActConfig(Config):
         return self
 
 
-_QUANTIZE = "quantize"
+_QUANTIZE, _KV_CACHE = "quantize", "kv_cache"
 
 
 class QuantizeStep(Config):
     """Quantizes the layers it includes; a later step overrides an earlier one per layer and per key given."""
 
-    type: Literal["quantize"] = Field(examples=[_QUANTIZE, *STEPS])
+    type: Literal["quantize"] = Field(examples=[_QUANTIZE, *STEPS, _KV_CACHE])
     include: Patterns = Field(("*",), min_length=1)
     exclude: Patterns = ()
     rounder: RounderConfig = RounderConfig(type="rtn")
@@ -184,15 +192,16 @@ class QuantizeStep(Config):
 def _step_type(step: object) -> str:
     """Which model a step is read with; one of no known type with the quantize step's, which says so."""
     kind = step.get("type") if isinstance(step, Mapping) else getattr(step, "type", None)
-    return kind if isinstance(kind, str) and kind in STEPS else _QUANTIZE
+    return kind if isinstance(kind, str) and kind in _STEP_MODELS else _QUANTIZE
 
 
 _STEP_MODELS: dict[str, type[BaseModel]] = {
     _QUANTIZE: QuantizeStep,
     **{name: row.config for name, row in STEPS.items()},
+    _KV_CACHE: KvCacheStep,
 }
 if TYPE_CHECKING:
-    AnyStep = QuantizeStep | SmoothingConfig
+    AnyStep = QuantizeStep | SmoothingConfig | KvCacheStep
 else:
     AnyStep = Annotated[
         Union[tuple(Annotated[model, Tag(name)] for name, model in _STEP_MODELS.items())],  # noqa: UP007
@@ -212,7 +221,9 @@ class Recipe(Config):
     def _smoothing_comes_first(self) -> Recipe:
         first = next((i for i, s in enumerate(self.steps) if isinstance(s, QuantizeStep)), None)
         if first is None:
-            raise problem("nothing is quantized; end with a step of type quantize", "steps")
+            if not self.caches:
+                raise problem("nothing is quantized; end with a step of type quantize or kv_cache", "steps")
+            first = len(self.steps)
         late = next((i for i, s in enumerate(self.steps) if i > first and s.type in STEPS), None)
         if late is not None:
             what = f"{self.steps[late].type} changes the float model, so it comes before every quantize step"
@@ -252,16 +263,29 @@ class Recipe(Config):
 
     @property
     def quant_type(self) -> str:
-        """W8A8, W8A8_DYNAMIC (per token), W8A16 or W4A16 (weight-only); <first>_MIX when steps differ."""
+        """W8A8, W8A8_DYNAMIC (per token), W8A16 or W4A16 (weight-only); <first>_MIX when steps differ; …_C8 with an
+        int8 KV cache (W16A16_C8 when nothing else is quantized)."""
         types = dict.fromkeys(s.quant_type for s in self.steps if isinstance(s, QuantizeStep))
-        first, *others = list(types) or ["W16A16"]
-        return f"{first}_MIX" if others else first
+        first, *others = [*types] or ["W16A16"]
+        whole = f"{first}_MIX" if others else first
+        return f"{whole}_C8" if self.caches else whole
+
+    @property
+    def caches(self) -> list[KvCacheStep]:
+        """The steps that make a KV cache integer."""
+        return [s for s in self.steps if isinstance(s, KvCacheStep)]
+
+    @property
+    def layers(self) -> bool:
+        """Whether any step quantizes layers: one that only makes the cache integer does not."""
+        return any(isinstance(s, QuantizeStep) for s in self.steps)
 
     @property
     def needs_ranges(self) -> bool:
-        """Whether activations get a range from calibration data."""
+        """Whether activations or a KV cache get a range from calibration data."""
         steps = [s for s in self.steps if isinstance(s, QuantizeStep)]
-        return any(s.act is not None and s.act.when == "static" for s in steps)
+        static = any(s.act is not None and s.act.when == "static" for s in steps)
+        return static or any(step.needs_data for step in self.caches)
 
     def dump(self) -> dict[str, Any]:
         """Plain data that `load` turns into the same recipe: only the keys that were given, for they override."""

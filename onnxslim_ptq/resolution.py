@@ -9,6 +9,7 @@ from typing import Any
 from onnxslim_ptq.core.match import Layer, Pattern, nearest
 from onnxslim_ptq.errors import RecipeError
 from onnxslim_ptq.recipe import NO_KERNEL, ActConfig, QuantizeStep, Recipe, RounderConfig, WeightConfig
+from onnxslim_ptq.steps.kv_cache import KvCacheStep
 
 __all__ = ["LayerConfig", "Resolution", "resolve"]
 
@@ -39,6 +40,9 @@ def resolve(recipe: Recipe, layers: Sequence[Layer], others: Sequence[Layer] = (
     """
     patterns: list[tuple[list[Pattern], list[Pattern]]] = []
     for index, step in enumerate(recipe.steps):
+        if isinstance(step, KvCacheStep):  # its patterns are of the cache's inputs and outputs
+            patterns.append(([], []))
+            continue
         parsed = []
         for key, texts in (("include", step.include), ("exclude", step.exclude)):
             parsed.append([Pattern.parse(text) for text in texts])

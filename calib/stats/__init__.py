@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
+from calib.stats.axes import AxesStats
 from calib.stats.channel import ChannelStats
 from calib.stats.channel_histogram import ChannelHistogramStats
 from calib.stats.gram import GramStats
@@ -17,6 +18,7 @@ from calib.types import Array, Probe, Stats
 
 __all__ = [
     "COLLECTORS",
+    "AxesStats",
     "ChannelHistogramStats",
     "ChannelStats",
     "Collector",
@@ -37,6 +39,7 @@ class Collector(Protocol):
 
 
 COLLECTORS: dict[str, Collector] = {
+    "axes": AxesStats,
     "channel": ChannelStats,
     "channel_histogram": ChannelHistogramStats,
     "gram": GramStats,

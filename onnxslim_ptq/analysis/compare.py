@@ -27,6 +27,7 @@ from calib.runner import Listener, Progress, run_session, tap
 from calib.types import Array, Dataset, Feed
 from onnxslim_ptq.analysis.latency import Latency, measure_latency
 from onnxslim_ptq.analysis.metrics import OutputError, worst_sqnr
+from onnxslim_ptq.export.exchange import Exchange
 from onnxslim_ptq.export.fusion import unfused_weights
 from onnxslim_ptq.export.lowering import is_ascend, lower_ascend
 from onnxslim_ptq.graph.linears import LINEAR_OPS
@@ -136,6 +137,7 @@ class _Run:
         options = SessionOptions(threads=threads)
         results = [layer.tensor for layer in self.layers]
         reads = [name for name in self.locals.feeds if name not in self.inputs]
+        self.exchange = Exchange.of(quantized)
         self.names = list(dict.fromkeys([*results, *reads])) or self.outputs
         # Taps keep ONNX Runtime from fusing, so the outputs come from sessions without any.
         self.exact, self.plain = (_open(m.proto, m, options) for m in (exact, quantized))
@@ -148,13 +150,14 @@ class _Run:
         errors, count = [OutputError(name) for name in self.outputs], 0
         for sample, feed in data:
             expected = run_session(self.exact, self.outputs, feed, sample)
-            seen = run_session(self.plain, self.outputs, feed, sample)
+            seen = self.exchange.run(self.plain, self.outputs, feed, sample)
             for error, y, z in zip(errors, expected, seen, strict=True):
                 error.add(y, z, str(sample))
             seen = run_session(self.exact_tapped, self.names, feed, sample)
             known = dict(zip(self.names, seen, strict=True))
             if self.tapped is not None:
-                seen = run_session(self.tapped, [layer.tensor for layer in self.layers], feed, sample)
+                given = self.exchange.feed(feed)
+                seen = run_session(self.tapped, [layer.tensor for layer in self.layers], given, sample)
                 for layer, values in zip(self.layers, seen, strict=True):
                     layer.cumulative.add(known[layer.tensor], values, str(sample))
             self.locals.add({**feed, **known}, known, sample)

@@ -10,6 +10,7 @@ from typing import Any
 from calib.model import Model
 from calib.provider import SessionOptions, create_session
 from calib.types import Array, Feed
+from onnxslim_ptq.export.exchange import Exchange
 
 __all__ = ["Latency", "measure_latency"]
 
@@ -44,13 +45,14 @@ def measure_latency(exact: Model, quantized: Model, feed: Feed, threads: int = 0
     sessions = [
         create_session(m.proto.SerializeToString(), m.weights, options=options) for m in (exact, quantized)
     ]
-    arrays = dict(feed)
-    slowest = max(_seconds(session, arrays, 3) for session in sessions)  # warms up, too
+    feeds = [dict(feed), dict(Exchange.of(quantized).feed(feed))]
+    pairs = list(zip(sessions, feeds, strict=True))
+    slowest = max(_seconds(session, arrays, 3) for session, arrays in pairs)  # warms up, too
     runs = max(1, min(100, int(_SHORTEST / slowest)))
     times: tuple[list[float], list[float]] = ([], [])
     begin = time.perf_counter()
     while len(times[0]) < _ROUNDS and (len(times[0]) < 3 or time.perf_counter() - begin < _SECONDS):
-        for session, spent in zip(sessions, times, strict=True):
+        for (session, arrays), spent in zip(pairs, times, strict=True):
             spent.append(_seconds(session, arrays, runs) * 1e3)
     return Latency(statistics.median(times[0]), statistics.median(times[1]), len(times[0]))
 

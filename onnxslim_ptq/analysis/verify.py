@@ -18,6 +18,7 @@ from calib.runner import Listener, Progress, run_session
 from calib.types import Array, Dataset, Feed, Sample, SampleId
 from onnxslim_ptq.analysis.metrics import OutputError, worst_sqnr
 from onnxslim_ptq.errors import VerificationError
+from onnxslim_ptq.export.exchange import Exchange
 from onnxslim_ptq.export.mapped import session_of
 
 __all__ = ["Verification", "compare_outputs", "verify"]
@@ -68,12 +69,13 @@ def verify(
     first: tuple[Feed, list[Array]] | None = None
     total, few_fast, few_plain = ([OutputError(n) for n in names] for _ in range(3))
     again: list[tuple[Sample, list[Array]]] = []
+    exchange = Exchange.of(quantized)
     exact, fast = _exact(_with_node_names(source), data, options, spool), None
     for count, (sample, feed, expected) in enumerate(exact, 1):
         fast = fast or _loaded(
             quantized, options, spool
         )  # not before: block-wise, the float model is through by now
-        answers = _answer(fast, names, (sample, feed))
+        answers = _answer(fast, names, (sample, feed), exchange)
         _add(total, expected, answers, str(sample))
         first = first or (feed, answers)
         if count <= _UNOPTIMIZED_SAMPLES:
@@ -147,14 +149,17 @@ def _plain(
     model: Model, names: Sequence[str], items: Sequence[Sample], options: SessionOptions, spool: Spool | None
 ) -> Iterator[list[Any]]:
     """The quantized model's answers without optimizations: weights become float, so in blocks where memory is short."""
+    exchange = Exchange.of(model)
     if spool is None:
         session = _loaded(model, options, None)
         for item in items:
-            yield _answer(session, names, item)
+            yield _answer(session, names, item, exchange)
         return
+    every = exchange.names(names)
+    fed = [(sample, exchange.feed(feed)) for sample, feed in items]
     try:
-        for _, values in run_blockwise(model, items, names, options=options, folder=spool.folder):
-            yield [values[n] for n in names]
+        for _, values in run_blockwise(model, fed, every, options=options, folder=spool.folder):
+            yield exchange.read(every, [values[n] for n in every])[: len(names)]
     except (GraphError, CalibrationError) as error:
         raise VerificationError(
             f"the quantized model fails without optimizations: {error}; exclude the node it names"
@@ -171,10 +176,10 @@ def _loaded(model: Model, options: SessionOptions, spool: Spool | None) -> Any:
         ) from None
 
 
-def _answer(session: Any, names: Sequence[str], item: Sample) -> list[Any]:
+def _answer(session: Any, names: Sequence[str], item: Sample, exchange: Exchange) -> list[Any]:
     sample, feed = item
     try:
-        return run_session(session, names, feed, sample)
+        return exchange.run(session, names, feed, sample)
     except Exception as error:
         raise VerificationError(
             f"the quantized model fails to run: {error}; exclude the node it names"

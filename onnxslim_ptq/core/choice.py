@@ -33,12 +33,16 @@ class PerTokenActivation:
 
 @dataclass(frozen=True)
 class WeightForm:
-    """The integer form of a weight: one scale per output channel, per tensor, or per ``group`` input channels."""
+    """The integer form of a weight: one scale per output channel, per tensor, or per ``group`` input channels.
+
+    ``full_range``: see `QuantSpec`.
+    """
 
     dtype: IntType = INT8
     symmetric: bool = True
     per_channel: bool = True
     group: int | None = None
+    full_range: bool = False
 
 
 @dataclass(frozen=True)

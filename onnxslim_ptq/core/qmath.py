@@ -38,7 +38,7 @@ def params_from_range(rng: Range, spec: QuantSpec, *, codes: int | None = None) 
     """Scale and zero point that cover ``rng`` (in the shape of the scales, float64), which is widened to contain 0.
 
     Symmetric: scale = max(|lo|, |hi|) / 127 (7 for int4, 32767 for int16), zero point in the middle of the type
-    (128 for uint8).
+    (128 for uint8); with ``spec.full_range`` scale = max(|lo|, |hi|) / 127.5 (7.5 for int4).
     Asymmetric: scale = (hi - lo) / (highest - lowest), zero_point = round(lowest - lo / scale).
     ``codes`` lowers the largest symmetric magnitude (64 = "reduced range" for processors whose int8 sums saturate).
     A range that is only {0} gets scale 1. Raises ValueError when a bound is not finite.
@@ -49,7 +49,8 @@ def params_from_range(rng: Range, spec: QuantSpec, *, codes: int | None = None) 
         raise ValueError("a quantization range must be finite")
     dtype = spec.dtype
     if spec.symmetric:
-        largest = codes if codes is not None else (dtype.highest - dtype.lowest) // 2
+        width = dtype.highest - dtype.lowest
+        largest = codes if codes is not None else width / 2 if spec.full_range else width // 2
         scale = _float32(np.maximum(-lo, hi) / largest)
         middle = 0 if dtype.signed else (dtype.highest + 1) // 2
         return QParams(spec, scale, np.full(scale.shape, middle, np.int64))

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calib.types import Array, Range
+from onnxslim_ptq.core.cache import CacheChange
 from onnxslim_ptq.core.dtypes import IntType
 
 __all__ = [
@@ -77,11 +78,16 @@ Site = Use | Result
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """How a value is quantized: real = (code - zero_point) * scale, code an integer of ``dtype``."""
+    """How a value is quantized: real = (code - zero_point) * scale, code an integer of ``dtype``.
+
+    ``full_range``: a symmetric scale spreads the magnitude over all codes, amax / 127.5 for int8, in place of
+    amax / 127; +amax is then clipped by half a step.
+    """
 
     dtype: IntType
     grain: Grain
     symmetric: bool
+    full_range: bool = False
 
 
 @dataclass(frozen=True)
@@ -151,7 +157,7 @@ class QuantPlan:
     ``activations`` maps sites to slots; ``weights`` and ``biases`` map (node, port) to slots whose codes are in
     ``weight_codes`` and ``bias_codes`` under the slot's params id; ``skipped`` tells why a node stays float.
     ``uncorrected`` keeps, for each layer whose bias was corrected, (node, port, values) of the bias before: a layer
-    that stays float after all must get it back.
+    that stays float after all must get it back. ``io``: graph inputs and outputs that change their type.
     """
 
     activations: dict[Site, Slot] = field(default_factory=dict)
@@ -164,6 +170,7 @@ class QuantPlan:
     uncorrected: dict[str, tuple[str, int, Array]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    io: list[CacheChange] = field(default_factory=list)
 
     def quantized_nodes(self) -> list[str]:
         return list(dict.fromkeys(use.node for use in self.weights))

@@ -25,6 +25,7 @@ from onnxslim_ptq.core.spec import (
     Use,
 )
 from onnxslim_ptq.core.targets import Target
+from onnxslim_ptq.export.cache import declare_cache, render_cache
 from onnxslim_ptq.export.float16 import ABSORBED, compute_in_float32, half_layers
 from onnxslim_ptq.export.per_token import Normalized, normalize, row_params, scale_back
 from onnxslim_ptq.graph.edit import is_captured
@@ -57,8 +58,8 @@ def render_qdq(model: Model, plan: QuantPlan, target: Target) -> Model:
     """The float ``model`` with every slot of ``plan`` rendered; ``model`` is not changed.
 
     Activations: x -> QuantizeLinear -> DequantizeLinear, one pair per tensor and params. Weights: integer
-    initializer -> DequantizeLinear. Biases: int32 initializer -> DequantizeLinear with scale s_x * s_w. The opset is
-    raised where the plan needs it; the IR version is the lowest that serves the result.
+    initializer -> DequantizeLinear. Biases: int32 initializer -> DequantizeLinear with scale s_x * s_w. A KV cache: see
+    `render_cache`. The opset is raised where the plan needs it; the IR version is the lowest that serves the result.
 
     Raises:
         GraphError: the model cannot have the opset the plan needs, or float16 cannot hold a scale.
@@ -79,7 +80,9 @@ def render_qdq(model: Model, plan: QuantPlan, target: Target) -> Model:
         writer.quantize_bias(use, slot)
     if half and target.float16_cast:
         compute_in_float32(graph, half)
+    cache = render_cache(graph, plan.io)
     rendered = graph.to_model()
+    declare_cache(rendered.proto, cache)
     rendered.proto.ir_version = lowest_ir(rendered.proto)
     return rendered
 

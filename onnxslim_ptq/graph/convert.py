@@ -20,6 +20,7 @@ __all__ = [
     "import_graph",
     "in_order",
     "plain_attributes",
+    "renamed_inside",
     "subgraphs",
 ]
 
@@ -123,6 +124,23 @@ def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
             yield attr.g
         elif attr.type == AttributeProto.GRAPHS:
             yield from attr.graphs
+
+
+def renamed_inside(node: NodeProto, old: str, new: str) -> NodeProto:
+    """The node with outer value ``old`` called ``new`` in its subgraphs, at any depth."""
+    made = NodeProto()
+    made.CopyFrom(node)
+    todo = [*subgraphs(made)]
+    while todo:
+        graph = todo.pop()
+        for output in graph.output:
+            output.name = new if output.name == old else output.name
+        for inner in graph.node:
+            for port, name in enumerate(inner.input):
+                if name == old:
+                    inner.input[port] = new
+            todo += subgraphs(inner)
+    return made
 
 
 def captured(node: NodeProto) -> list[str]:

@@ -16,6 +16,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
+from calib.errors import GraphError
 from calib.model import LARGE, Model, mark_external
 from calib.tensors import copy_fields, has_plain_dtype
 from calib.types import Array
@@ -27,6 +28,7 @@ from onnxslim_ptq.graph.convert import (
     import_graph,
     in_order,
     plain_attributes,
+    renamed_inside,
     subgraphs,
 )
 
@@ -149,6 +151,12 @@ class Graph:
         """A new value without producer; its name is made unique by a numeric suffix."""
         return gs.Variable(self._new_name(name, self._names))
 
+    def variable_named(self, name: str) -> gs.Variable:
+        """A new value that must have this very name, for the model's interface; GraphError when it is taken."""
+        if name in self._names:
+            raise GraphError(f"the model already has a value '{name}'; rename it in the float model")
+        return self.variable(name)
+
     def add_node(
         self,
         op: str,
@@ -216,6 +224,17 @@ class Graph:
             for port, tensor in enumerate(node.inputs):
                 if tensor is old:
                     node.inputs[port] = new
+
+    def read_instead(self, readers: Sequence[gs.Node], old: gs.Tensor, new: gs.Tensor) -> None:
+        """Let ``readers`` read ``new`` in place of ``old``, their subgraphs too."""
+        for node in readers:
+            for port, tensor in enumerate(node.inputs):
+                if tensor is old:
+                    node.inputs[port] = new
+            origin = self._origins.get(node.name)
+            if origin is not None and self.has_subgraph(node):
+                proto = renamed_inside(origin.proto, old.name, new.name)
+                self._origins[node.name] = Origin(proto, origin.arity)
 
     def _new_name(self, name: str, taken: set[str] | dict[str, gs.Node]) -> str:
         unique, count = name, 1

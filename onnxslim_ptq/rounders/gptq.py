@@ -77,7 +77,9 @@ class _Groups:
     def __init__(self, task: Task, size: int) -> None:
         self.size = size
         self.spec = replace(task.start.spec, grain=PerChannel(0))
-        self.codes = (task.limits[1] - task.limits[0]) // 2 if self.spec.symmetric else None
+        low, high = task.limits
+        every = self.spec.full_range and (low, high) == (self.spec.dtype.lowest, self.spec.dtype.highest)
+        self.codes = (high - low) // 2 if self.spec.symmetric and not every else None
         self.scale, self.zero = task.start.scale.copy(), task.start.zero_point.astype(np.float64)
 
     def of(self, j: int, columns: Floats) -> tuple[Floats, Floats]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxslim_ptq.core.choice import LayerChoice, PerTokenActivation, StaticActivation
+from onnxslim_ptq.core.choice import LayerChoice, PerTokenActivation, StaticActivation, WeightForm
 from onnxslim_ptq.core.dtypes import INT32
 from onnxslim_ptq.core.spec import (
     Grain,
@@ -97,7 +97,11 @@ def weight_params(layer: Linear, choice: LayerChoice) -> str:
     """Layers that share a weight share its codes unless they want another form of it."""
     form = choice.weight
     axis = layer.channel_axis if form.per_channel else None
-    return f"{layer.weight_name}@{axis}@{form.dtype}{'' if form.symmetric else 'a'}@{form.group}"
+    return f"{layer.weight_name}@{axis}@{form.dtype}{_convention(form)}@{form.group}"
+
+
+def _convention(form: WeightForm) -> str:
+    return ("f" if form.full_range else "") if form.symmetric else "a"
 
 
 def weight_spec(layer: Linear, choice: LayerChoice, target: Target) -> QuantSpec:
@@ -107,7 +111,7 @@ def weight_spec(layer: Linear, choice: LayerChoice, target: Target) -> QuantSpec
         grain = PerChannel(layer.channel_axis)
         if form.group is not None and layer.op in ("MatMul", "Gemm"):
             grain = PerGroup(1 - layer.channel_axis, form.group)
-    return QuantSpec(form.dtype, grain, form.symmetric)
+    return QuantSpec(form.dtype, grain, form.symmetric, form.full_range)
 
 
 def place(
