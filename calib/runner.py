@@ -60,8 +60,8 @@ def tap(model: Model, tensors: Sequence[str], *, keep_outputs: bool = False) -> 
             taken.add(name)
     del tapped.graph.output[:]
     tapped.graph.output.extend(outputs)
-    # Declared shapes of real exports are often wrong and only cost warnings. Those of ONNX Runtime's own operators stay:
-    # its attention writes the present over the past unless their shapes are declared to differ.
+    # Declared shapes of real exports are often wrong and only cost warnings. Those of ONNX Runtime's own operators
+    # stay: its attention writes the present over the past unless their shapes are declared to differ.
     foreign = {o for n in model.proto.graph.node if n.domain not in ("", "ai.onnx") for o in n.output}
     declared = [v for v in model.proto.graph.value_info if v.name in foreign]
     del tapped.graph.value_info[:]

@@ -128,7 +128,7 @@ def _make_plan(job: Job) -> Planned:
     )
     placement = dry_placement(workspace, layers)
     # A model that keeps everything in subgraphs is passed on in float, and says so: pipelines of many models go on.
-    caches = kv_cache.chosen(graph, job.recipe.caches)
+    caches = kv_cache.chosen(graph, job.recipe.caches, job.target)
     inside = not layers and any(graph.has_subgraph(n) for n in graph.nodes)
     needs_layers = not inside and job.recipe.layers
     if inside and job.recipe.layers:

@@ -164,7 +164,13 @@ class TestSchema:
         first = loaded.steps[0]
         assert (loaded.version, loaded.target) == (1, "cpu")
         assert (first.include, first.exclude, first.rounder.type) == (("*",), (), "rtn")
-        weight = {"dtype": "int8", "per": "channel", "group_size": None, "symmetric": True}
+        weight = {
+            "dtype": "int8",
+            "per": "channel",
+            "group_size": None,
+            "symmetric": True,
+            "full_range": False,
+        }
         assert first.weight.model_dump() == weight
         act = {
             "dtype": "auto",

@@ -26,6 +26,7 @@ class Target:
     ``float16_cast``: a float16 model computes its quantized layers in float32 between casts (no float16 kernels).
     ``optimizes_here``: ONNX Runtime on this machine is the target, so its optimized graph is checked for weights
     that would be dequantized at every run. ``exporter`` names the form of the written graph (export.renderers).
+    ``integer_cache``: whether that form has an int8 KV cache.
     ``static_only``: activations have one known scale of type ``activation``; no weight-only or per-token layers.
     ``reciprocal_scale``: the file holds 1 / s_x, so s_x is one that its own reciprocal tells exactly.
     """
@@ -43,6 +44,7 @@ class Target:
     exporter: str
     highest_opset: int
     source: str
+    integer_cache: bool = True
     static_only: bool = False
     reciprocal_scale: bool = False
 
@@ -128,6 +130,7 @@ TARGETS: dict[str, Target] = {
             "CANN: AscendQuant and AscendDequant; one scale for a whole MatMul or Gemm weight",
             static_only=True,
             reciprocal_scale=True,
+            integer_cache=False,
         ),
     )
 }

@@ -23,6 +23,7 @@ from onnxslim_ptq.core.dtypes import INT8
 from onnxslim_ptq.core.match import Layer, Pattern, nearest
 from onnxslim_ptq.core.qmath import params_from_range
 from onnxslim_ptq.core.spec import PerTensor, QuantSpec
+from onnxslim_ptq.core.targets import Target
 from onnxslim_ptq.errors import RecipeError
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.kv_cache import find_cache
@@ -61,13 +62,18 @@ class KvCacheStep(Config):
         return self
 
 
-def chosen(graph: Graph, steps: Sequence[KvCacheStep]) -> Chosen:
+def chosen(graph: Graph, steps: Sequence[KvCacheStep], target: Target) -> Chosen:
     """Every cache pair with the last step that includes and does not exclude it.
 
-    Raises GraphError when the model has no KV cache, RecipeError when a pattern matches none of it.
+    Raises GraphError when the model has no KV cache, RecipeError when a pattern matches none of it, or when the
+    target's form has no integer cache.
     """
     if not steps:
         return []
+    if not target.integer_cache:
+        raise RecipeError(
+            f"kv_cache: an int8 KV cache is not available for target '{target.name}'; use generic or cpu"
+        )
     pairs = find_cache(graph)
     if not pairs:
         raise GraphError(

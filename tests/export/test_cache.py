@@ -301,6 +301,12 @@ class TestRefused:
         with pytest.raises(GraphError, match="has no KV cache"):
             quantize(mlp(), {"steps": [{"type": "quantize"}, {"type": "kv_cache"}]}, feeds_for(mlp(), 9))
 
+    def test_a_target_without_one(self) -> None:
+        with pytest.raises(RecipeError, match="not available for target 'ascend'"):
+            quantize(
+                appending(), {"steps": [{"type": "kv_cache"}]}, decoders.feeds(appending()), target="ascend"
+            )
+
     def test_a_pattern_that_matches_nothing(self) -> None:
         with pytest.raises(RecipeError, match=r"'\*\.7\.\*' matches no cache; layers are named like: 'past"):
             cached(appending(), "token", include=["*.7.*"])
