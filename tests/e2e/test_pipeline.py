@@ -147,10 +147,10 @@ class TestTargets:
         assert quantized(mlp(), recipe=recipe, target="generic").context.target == "generic"
 
     def test_ascend_takes_signed_activations_only(self) -> None:
+        recipe = {"steps": [{"type": "quantize", "act": {"dtype": "uint8"}}]}
         with pytest.raises(
             RecipeError, match=r"steps\[0\].act.dtype: target 'ascend' takes int8 activations"
         ):
-            recipe = {"steps": [{"type": "quantize", "act": {"dtype": "uint8"}}]}
             quantized(mlp(), recipe=recipe, target="ascend")
 
     def test_tensorrt_takes_symmetric_int8_only(self) -> None:
