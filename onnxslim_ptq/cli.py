@@ -19,6 +19,7 @@ from onnxslim_ptq.commands.calibrate import calibrate
 from onnxslim_ptq.commands.compare import compare
 from onnxslim_ptq.commands.console import emit_json, note, one_line, program, say
 from onnxslim_ptq.commands.doctor import doctor
+from onnxslim_ptq.commands.export import export
 from onnxslim_ptq.commands.inspect import inspect
 from onnxslim_ptq.commands.later import LATER
 from onnxslim_ptq.commands.merge_stats import merge_stats
@@ -95,6 +96,7 @@ app.command()(inspect)
 app.command()(calibrate)
 app.command("merge-stats")(merge_stats)
 app.command()(compare)
+app.command()(export)
 app.command()(recipes)
 app.command()(doctor)
 for _name, _command in LATER.items():

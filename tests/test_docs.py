@@ -253,7 +253,7 @@ class TestTables:
             assert state.startswith("available")
             symmetric = "symmetric " if target.symmetric_activation else ""
             bias = "int32" if target.bias is BiasForm.INT32 else "float"
-            kind = {"qdq": "QDQ", "ascend": "AscendQuant"}[target.exporter]
+            kind = {"qdq": "QDQ", "ascend": "AscendQuant", "qoperator": "QLinear operators"}[target.exporter]
             assert form == f"{kind}, {symmetric}{target.activation} activations, {bias} biases"
 
     def test_recipe_keys(self) -> None:

@@ -43,7 +43,6 @@ LATER: dict[str, Callable[[typer.Context], None]] = {
             "Find the fewest float layers that meet a goal.",
             "exclude the worst layers that compare names",
         ),
-        ("export", "Render a result for another target.", "run quantize again with --target"),
         ("convert", "Convert between weight formats.", "quantize writes an ONNX file and a weights JSON"),
     )
 }

@@ -13,6 +13,7 @@ from onnxslim_ptq.export.ascend import render_ascend
 from onnxslim_ptq.export.files import write_model
 from onnxslim_ptq.export.lowering import lower_ascend
 from onnxslim_ptq.export.qdq import render_qdq
+from onnxslim_ptq.export.qoperator import render_qoperator
 
 __all__ = ["RENDERERS", "Renderer"]
 
@@ -46,5 +47,6 @@ class Renderer:
 
 RENDERERS: dict[str, Renderer] = {
     "qdq": Renderer(render_qdq),
+    "qoperator": Renderer(render_qoperator),
     "ascend": Renderer(render_ascend, lower_ascend),
 }

@@ -1,0 +1,205 @@
+"""``export``: a quantized model rendered again for another target, from the integers in its file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calib.errors import GraphError
+from calib.model import Model, open_model
+from calib.provider import SessionOptions, create_session, runtime
+from calib.readers import synthetic
+from onnxslim_ptq import __version__
+from onnxslim_ptq.analysis.metrics import OutputError, worst_sqnr
+from onnxslim_ptq.analysis.verify import compare_outputs
+from onnxslim_ptq.core.qmath import dequantize
+from onnxslim_ptq.core.spec import QuantPlan, WeightCodes
+from onnxslim_ptq.core.targets import TARGETS
+from onnxslim_ptq.errors import RecipeError, VerificationError
+from onnxslim_ptq.export.check import check_file, source_files
+from onnxslim_ptq.export.description import Calibration, Context, describe, write_description
+from onnxslim_ptq.export.files import AtomicFiles, OutputPaths, output_paths, write_model
+from onnxslim_ptq.export.lowering import is_ascend, lower_ascend
+from onnxslim_ptq.export.reading import read_quantized
+from onnxslim_ptq.export.renderers import RENDERERS
+from onnxslim_ptq.export.retarget import retarget
+from onnxslim_ptq.export.triton import write_triton
+from onnxslim_ptq.graph.graph import Graph
+from onnxslim_ptq.graph.linears import find_linears
+from onnxslim_ptq.graph.opset import raise_opset
+from onnxslim_ptq.graph.optimize import optimize
+
+__all__ = ["Exported", "export"]
+
+_SAMPLES = 4
+_MOST_JSON = 64 << 20
+_ROUNDS = 20
+_LIKE_DB = 15.0  # int8 codes are some 40 dB from the weight they were made of
+
+
+@dataclass
+class Exported:
+    """What was written, how close it is to the model it was made from (dB, worst output), and what changed."""
+
+    paths: OutputPaths
+    agreement_db: float | None
+    notes: list[str] = field(default_factory=list)
+    triton: Path | None = None
+
+
+def export(
+    quant: str | Path,
+    out: str | Path,
+    target: str,
+    *,
+    float_model: str | Path | None = None,
+    triton: str | Path | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    min_agreement: float = 20.0,
+    seed: int = 0,
+) -> Exported:
+    """Render ``quant`` (QDQ or Ascend) for ``target`` and write it with its weights JSON, atomically.
+
+    Without ``float_model`` only what is exact on the integers; with it, weights the target wants with one scale are
+    rounded anew from it. Both models run on synthetic samples: VerificationError when an output agrees to less than
+    ``min_agreement`` dB. ``shapes``: of inputs with dynamic dimensions. Raises GraphError, RecipeError and
+    CalibrationError.
+    """
+    row = TARGETS.get(target)
+    if row is None:
+        raise RecipeError(f"target '{target}' is unknown; use one of {', '.join(TARGETS)}")
+    if triton is not None and RENDERERS[row.exporter].lower is not None:
+        raise RecipeError(f"Triton's ONNX Runtime backend cannot run target '{target}'; leave --triton out")
+    source = open_model(quant)
+    reading = read_quantized(source)
+    floats = None if float_model is None else _FloatWeights(open_model(float_model))
+    notes = retarget(reading, row, None if floats is None else floats.weight)
+    renderer = RENDERERS[row.exporter]
+    rendered = renderer.render(reading.graph.to_model(), reading.plan, row)
+    before = lower_ascend(source) if is_ascend(source) else source
+    errors = _agreement(before, renderer.runnable(rendered), shapes, seed)
+    agreement = worst_sqnr(errors)
+    worst = min((e for e in errors if e.sqnr is not None), key=lambda e: e.sqnr or 0.0, default=None)
+    if worst is not None and agreement is not None and agreement < min_agreement:
+        raise VerificationError(
+            f"output '{worst.name}' agrees with {source.name} to {agreement:.1f} dB only, below {min_agreement:g}; "
+            f"quantize the float model with --target {target} instead"
+        )
+    paths = _write(source, Path(out), rendered, reading.graph, reading.plan, target, agreement)
+    made = Exported(paths, agreement, notes)
+    if triton is not None:
+        made.triton = write_triton(rendered, Path(triton), made.paths.model.stem)
+    return made
+
+
+def _agreement(
+    before: Model, after: Model, shapes: Mapping[str, tuple[int, ...]] | None, seed: int
+) -> list[OutputError]:
+    """Both on the same normal samples."""
+    names = [o.name for o in before.proto.graph.output]
+    options = SessionOptions(simulate=True)
+    exact, seen = (
+        create_session(m.proto.SerializeToString(), m.weights, options=options) for m in (before, after)
+    )
+    return compare_outputs(
+        exact, seen, names, synthetic(before.inputs(), count=_SAMPLES, shapes=shapes, seed=seed)
+    )
+
+
+def _write(
+    source: Model,
+    out: Path,
+    rendered: Model,
+    graph: Graph,
+    plan: QuantPlan,
+    target: str,
+    agreement: float | None,
+) -> OutputPaths:
+    assert source.path is not None
+    known = _description_beside(source.path)
+    context = Context(
+        source=source.path.name,
+        source_sha256=source.sha256,
+        quant_type=str(known.get("model_quant_type", "W8A8")),
+        target=target,
+        tool={"onnxslim_ptq": __version__, "onnxruntime": runtime().__version__},
+        recipe=known.get("recipe", {}),
+        calibration=Calibration(0, "cpu", None, ["the integers are those of the source file"]),
+        seed=int(known.get("seed", 0)),
+        metrics={"agreement_db": agreement, "measured_on": "synthetic"},
+    )
+    paths = output_paths(out, source.path.stem, context.quant_type)
+    with AtomicFiles(paths, source_files(source.path)) as files:
+        write_model(rendered, files.temporary.model)
+        check_file(
+            RENDERERS[TARGETS[target].exporter].proof(files.temporary.model, files.folder),
+            source=source.proto,
+        )
+        write_description(describe(plan, graph, rendered.proto, context), files.temporary)
+        return files.commit()
+
+
+def _description_beside(model: Path) -> dict[str, Any]:
+    """The weights JSON that quantize wrote beside ``model``, or nothing."""
+    path = model.with_suffix(".json")
+    try:
+        if path.stat().st_size > _MOST_JSON:
+            return {}
+        document = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    same = isinstance(document, dict) and document.get("format") == "onnxslim_ptq.weights"
+    return document if same else {}
+
+
+class _FloatWeights:
+    """The weights of the float model, simplified as quantize does, with the scales that smoothing put into them."""
+
+    def __init__(self, model: Model) -> None:
+        self._name = model.name
+        self._graph = Graph(raise_opset(model, 13))
+        optimize(self._graph)
+        self._layers = {layer.node: layer for layer in find_linears(self._graph)[0]}
+
+    def weight(self, node: str, codes: WeightCodes) -> NDArray[np.float32]:
+        """The float weight behind ``codes``; GraphError when this is not the model they were made from."""
+        layer = self._layers.get(node)
+        values = None if layer is None else self._graph.value(self._graph.node(node).inputs[layer.weight])
+        seen = dequantize(codes.codes, codes.params).astype(np.float64)
+        if values is None or layer is None or values.shape not in (seen.shape, seen.T.shape):
+            raise GraphError(
+                f"--float: {self._name} has no layer '{node}' of that shape; give the model that was quantized"
+            )
+        weight = values.astype(np.float64)
+        if layer.op == "Gemm" and self._graph.node(node).attrs.get("transB", 0) and codes.params.axis == 1:
+            weight = weight.T  # stored without transB for Ascend
+        weight = _smoothed(weight, seen)
+        error = float(((weight - seen) ** 2).sum())
+        if error > float((seen**2).sum()) * 10 ** (-_LIKE_DB / 10):
+            raise GraphError(
+                f"--float: layer '{node}' of {self._name} does not hold the weight that was quantized; give the model "
+                "that quantize got"
+            )
+        return weight.astype(np.float32)
+
+
+def _smoothed(weight: NDArray[np.float64], seen: NDArray[np.float64]) -> NDArray[np.float64]:
+    """``weight`` itself where it is as close to ``seen`` as rounding leaves it, else with a factor per row and column.
+
+    Smoothing multiplies a weight's input channels, and divides its output channels for a layer behind it. Both factors
+    by alternating least squares, over the last two axes.
+    """
+    found = weight.copy()
+    for _ in range(_ROUNDS):
+        for axis in (-1, -2):
+            power = (found**2).sum(axis=axis, keepdims=True)
+            fitted = (found * seen).sum(axis=axis, keepdims=True)
+            found *= np.divide(fitted, power, out=np.ones_like(power), where=power > 0)
+    plain = ((weight - seen) ** 2).sum() <= 2 * ((found - seen) ** 2).sum()
+    return weight if plain else found
