@@ -266,7 +266,7 @@ class TestSchema:
             (step(weight={"per": "group", "group_size": 48}), ".weight.group_size: 48 is no power of two"),
             (step(weight={"per": "group", "group_size": 8}), ".weight.group_size: "),
             (step(weight={"axis": 0}), ".weight.axis: unknown key; accepted: dtype, per, group_size, symmetric"),
-            (step(weight=None), ".weight: expected a mapping with keys dtype, per, group_size, symmetric, full_range, got null"),
+            (step(weight=None), ".weight: expected a mapping with keys dtype, per, group_size"),
             (step(act={"per": "token"}), ".act.when: per: token and when: dynamic belong together"),
             (step(act={"when": "dynamic"}), ".act.when: per: token and when: dynamic belong together"),
             (step(act={"per": "token", "when": "dynamic", "range": {"type": "mse"}}),
