@@ -26,6 +26,7 @@ from onnxslim_ptq.export.fusion import guard_float_layers
 from onnxslim_ptq.export.renderers import RENDERERS
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.linears import Linear, find_linears
+from onnxslim_ptq.graph.names import module_names
 from onnxslim_ptq.graph.opset import raise_opset
 from onnxslim_ptq.graph.optimize import optimize
 from onnxslim_ptq.graph.precision import already_quantized
@@ -235,9 +236,11 @@ def _choices(job: Job, graph: Graph) -> tuple[dict[str, tuple[Linear, LayerChoic
 def _names(job: Job, graph: Graph) -> dict[str, Layer]:
     """What patterns see of each layer, by node name."""
     given = {n.name for n in job.source.proto.graph.node}
+    linears = find_linears(graph)[0]
+    modules = module_names(graph, linears, job.recipe.names)
     return {
-        lin.node: Layer(lin.node, lin.op, lin.weight_name, _original(lin.node, given))
-        for lin in find_linears(graph)[0]
+        lin.node: Layer(lin.node, lin.op, lin.weight_name, _original(lin.node, given), modules[lin.node])
+        for lin in linears
     }
 
 

@@ -101,6 +101,7 @@ class Recipe(Config):
     version: Literal[1] = 1
     target: Annotated[str, AfterValidator(one_of(TARGETS))] = "cpu"
     data: DataConfig = DataConfig()
+    names: dict[str, str] = Field(default_factory=dict)
     steps: tuple[AnyStep, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -176,7 +177,7 @@ class Recipe(Config):
     def dump(self) -> dict[str, Any]:
         """Plain data that `load` turns into the same recipe: only the keys that were given, for they override."""
         given = self.model_dump(mode="json", exclude_unset=True)
-        data = {"data": given["data"]} if given.get("data") else {}
+        data = {key: given[key] for key in ("data", "names") if given.get(key)}
         return {"version": self.version, "target": self.target, **data, "steps": given["steps"]}
 
     def with_data(self, **given: object) -> Recipe:

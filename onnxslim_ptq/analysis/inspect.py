@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -22,18 +21,17 @@ from onnxslim_ptq.export.description import FORMAT
 from onnxslim_ptq.graph.convert import subgraphs
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.linears import Linear, find_linears
+from onnxslim_ptq.graph.names import module_names
 from onnxslim_ptq.graph.opset import raise_opset
 from onnxslim_ptq.graph.optimize import optimize
 from onnxslim_ptq.graph.precision import already_quantized
 from onnxslim_ptq.graph.smooth_groups import find_groups
 
-__all__ = ["Group", "Inspection", "Layer", "inspect_model", "module_name"]
+__all__ = ["Group", "Inspection", "Layer", "inspect_model"]
 
 _PER_CHANNEL_OPSET = 13
 _MAX_JSON = 256 * 1024**2
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
-_SUFFIX = re.compile(r"[._/](weight|kernel|w)(_\d+)?$", re.IGNORECASE)
-_MADE_UP = re.compile(r"(onnx::|const_fold_opt|\d+$|_v_\d+)|^[A-Za-z]+_\d+$")
 
 
 @dataclass(frozen=True)
@@ -152,7 +150,8 @@ def _describe_layers(found: Inspection, model: Model, groups: bool) -> None:
         found.notes.append(f"layers cannot be told: {reason}")
         return
     found.notes += graph.notes
-    found.layers = [_layer(graph, linear) for linear in linears]
+    names = module_names(graph, linears)
+    found.layers = [_layer(graph, linear, names[linear.node]) for linear in linears]
     readers: dict[str, list[str]] = {}
     for layer in found.layers:
         readers.setdefault(layer.weight, []).append(layer.node)
@@ -190,26 +189,11 @@ def _groups(graph: Graph) -> list[Group]:
     ]
 
 
-def _layer(graph: Graph, linear: Linear) -> Layer:
+def _layer(graph: Graph, linear: Linear, module: str) -> Layer:
     node = graph.node(linear.node)
     values = graph.value(node.inputs[linear.weight])
     shape = [] if values is None else list(values.shape)
-    module = module_name(linear.weight_name, linear.node)
     return Layer(linear.node, linear.op, linear.weight_name, module, shape, linear.channels)
-
-
-def module_name(weight: str, node: str) -> str:
-    """The module a layer was: its weight's name without ``.weight``, or, when an exporter made that name up, the path
-    in its node's name (``/block1/expand/expand.0/Conv`` is module ``block1.expand.0``)."""
-    if _SUFFIX.search(weight) and not _MADE_UP.search(_SUFFIX.sub("", weight)[:12]):
-        return _SUFFIX.sub("", weight)
-    parts: list[str] = []
-    path = [p for p in node.split(";")[0].split("/") if p]
-    for part in path[:-1] if path and path[-1][0].isupper() else path:
-        if parts and part.startswith(f"{parts[-1]}."):
-            parts.pop()
-        parts.append(part)
-    return ".".join(parts) or _SUFFIX.sub("", weight)
 
 
 def _inputs(proto: onnx.ModelProto) -> list[dict[str, Any]]:

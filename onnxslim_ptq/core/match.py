@@ -13,16 +13,18 @@ __all__ = ["Layer", "Pattern", "nearest"]
 
 @dataclass(frozen=True)
 class Layer:
-    """What a pattern sees of a layer: node name, operator, weight initializer, and the node's name in the file."""
+    """What a pattern sees of a layer: node name, operator, weight initializer, the node's name in the file, and the
+    module it was in the training framework."""
 
     node: str
     op: str
     weight: str = ""
     original: str = ""
+    module: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(name for name in (self.node, self.original, self.weight) if name)
+        return tuple(name for name in (self.node, self.original, self.weight, self.module) if name)
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def nearest(pattern: Pattern, layers: Sequence[Layer]) -> str:
     # The words of a name count like the whole, or a short pattern would be unlike every long name.
     nodes: dict[str, str] = {}
     for layer in layers:
-        for part in (layer.node, layer.original, *re.split(r"[/.]", layer.node)):
+        for part in (layer.node, layer.original, layer.module, *re.split(r"[/.]", layer.node)):
             if part:
                 nodes.setdefault(part, layer.node)
     wanted = re.sub(r"\\.|[^\w./-]", "", pattern.text.removeprefix("re:")).strip("./")

@@ -8,8 +8,9 @@ from pathlib import Path
 import onnx
 import pytest
 
-from onnxslim_ptq.analysis.inspect import inspect_model, module_name
+from onnxslim_ptq.analysis.inspect import inspect_model
 from onnxslim_ptq.cli import main
+from onnxslim_ptq.graph.names import module_name
 from tools.zoo import ZooUnavailable, load, native
 
 DIGITS = Path(__file__).resolve().parents[2] / "tools" / "digits"
