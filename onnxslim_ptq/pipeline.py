@@ -284,7 +284,7 @@ def _activation(config: LayerConfig, target: Target) -> StaticActivation | PerTo
             "only; leave dtype at auto"
         )
     if act.per == "token":
-        return PerTokenActivation(dtype)
+        return PerTokenActivation(dtype, symmetric)
     method = act.range.build()
     return StaticActivation(
         dtype, symmetric, method if method is not None else act.range.type, act.range.type

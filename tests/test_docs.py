@@ -258,7 +258,14 @@ class TestTables:
 
     def test_recipe_keys(self) -> None:
         rows = {row[0].strip("`"): row for row in _table(_text("docs/recipes.md"), "| key |")}
-        keys = {"version", "target", "data", "steps", *(f"steps[].{key}" for key in _keys(QuantizeStep))}
+        keys = {
+            "version",
+            "target",
+            "data",
+            "names",
+            "steps",
+            *(f"steps[].{key}" for key in _keys(QuantizeStep)),
+        }
         assert set(rows) == keys | {"steps[].act.range.…", "steps[].rounder.…"}
 
     def test_data_keys(self) -> None:

@@ -26,9 +26,11 @@ class StaticActivation:
 
 @dataclass(frozen=True)
 class PerTokenActivation:
-    """One symmetric scale for every row along the last axis, found while the model runs: s = max|x| / 127."""
+    """One scale for every row along the last axis, found while the model runs: max|x| / 127 when ``symmetric``, else
+    (max x - min x) / 254 around the middle of the row."""
 
     dtype: IntType
+    symmetric: bool = True
 
 
 @dataclass(frozen=True)

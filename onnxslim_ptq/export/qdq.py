@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -27,7 +27,7 @@ from onnxslim_ptq.core.spec import (
 from onnxslim_ptq.core.targets import Target
 from onnxslim_ptq.export.cache import declare_cache, render_cache
 from onnxslim_ptq.export.float16 import ABSORBED, compute_in_float32, half_layers
-from onnxslim_ptq.export.per_token import Normalized, normalize, row_params, scale_back
+from onnxslim_ptq.export.per_token import Rows, normalize, row_params, scale_back
 from onnxslim_ptq.graph.edit import is_captured
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.ir import lowest_ir
@@ -97,7 +97,7 @@ class _Writer:
     pairs: dict[tuple[str, str], gs.Tensor] = field(default_factory=dict)
     numbers: dict[tuple[str, str], tuple[gs.Constant, gs.Constant]] = field(default_factory=dict)
     weights: dict[tuple[str, bool], gs.Tensor] = field(default_factory=dict)
-    rows: dict[tuple[str, str], Normalized] = field(default_factory=dict)
+    rows: dict[tuple[str, str], Rows] = field(default_factory=dict)
 
     def quantize_result(self, name: str, slot: Slot) -> None:
         """Every reader of value ``name`` reads it quantized, graph outputs and subgraphs too: they know it by name."""
@@ -135,12 +135,13 @@ class _Writer:
         tensor = node.inputs[use.port]
         key = (tensor.name, slot.params)
         if key not in self.rows:
-            rows, scales = normalize(self.graph, tensor, _float_type(self.graph, node))
+            rows = normalize(self.graph, tensor, _float_type(self.graph, node), slot.spec.symmetric)
             params = row_params(slot.spec.dtype)
-            half = use.node in self.half
-            self.rows[key] = (self._pair(rows, slot.params, params, half), scales)
-        node.inputs[use.port], scales = self.rows[key]
-        scale_back(self.graph, node, scales)
+            real = self._pair(rows.values, slot.params, params, use.node in self.half)
+            self.rows[key] = replace(rows, values=real)
+        node.inputs[use.port] = self.rows[key].values
+        weight = next(s for u, s in self.plan.weights.items() if u.node == use.node)
+        scale_back(self.graph, node, self.rows[key], self.plan.weight_codes[weight.params])
 
     def quantize_weight(self, use: Use, slot: Slot) -> None:
         """Nodes whose weights share a params id share one integer tensor."""

@@ -8,7 +8,7 @@ session is made).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
@@ -19,7 +19,7 @@ from calib.types import Array
 from onnxslim_ptq.core.qmath import dequantize
 from onnxslim_ptq.core.spec import PerToken, QParams, QuantPlan, Result, Use
 from onnxslim_ptq.export.float16 import ABSORBED, half_layers
-from onnxslim_ptq.export.per_token import Normalized, normalize, row_params, scale_back
+from onnxslim_ptq.export.per_token import Rows, normalize, row_params, scale_back
 from onnxslim_ptq.graph.graph import Graph
 
 __all__ = ["Simulation", "simulate"]
@@ -95,7 +95,7 @@ def simulate(model: Model, plan: QuantPlan, keep: Callable[[Array], Array] | Non
 
 def _quantize_rows(graph: Graph, plan: QuantPlan, half: set[str]) -> None:
     """Per-token activations as the exporter writes them; their scales are constants, so no input stands for them."""
-    made: dict[tuple[str, str], Normalized] = {}
+    made: dict[tuple[str, str], Rows] = {}
     sites = [(s, slot) for s, slot in plan.activations.items() if isinstance(slot.spec.grain, PerToken)]
     for site, slot in sites:
         assert isinstance(site, Use)
@@ -104,15 +104,16 @@ def _quantize_rows(graph: Graph, plan: QuantPlan, half: set[str]) -> None:
         key = (tensor.name, slot.params)
         if key not in made:
             narrow = site.node in half
-            rows, scales = normalize(graph, tensor, np.float16 if narrow else np.float32)
+            rows = normalize(graph, tensor, np.float16 if narrow else np.float32, slot.spec.symmetric)
             params = row_params(slot.spec.dtype)
             scale = graph.constant(f"{tensor.name}.row_scale", params.scale.astype(np.float32))
             zero = graph.constant(
                 f"{tensor.name}.row_zero", params.zero_point.astype(params.spec.dtype.dtype)
             )
-            made[key] = (_pair(graph, rows, (scale, zero), narrow), scales)
-        node.inputs[site.port], scales = made[key]
-        scale_back(graph, node, scales)
+            made[key] = replace(rows, values=_pair(graph, rows.values, (scale, zero), narrow))
+        node.inputs[site.port] = made[key].values
+        weight = next(s for u, s in plan.weights.items() if u.node == site.node)
+        scale_back(graph, node, made[key], plan.weight_codes[weight.params])
 
 
 def _inputs(names: tuple[str, str]) -> tuple[gs.Tensor, gs.Tensor]:

@@ -26,6 +26,8 @@ from onnxslim_ptq.core.targets import BiasForm, Target
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.linears import Linear
 
+NO_ROWS = "per token needs a layer whose rows stay rows: a MatMul, or a Gemm without transA"
+
 __all__ = ["PlacedTensor", "Placement", "after_activation", "place"]
 
 
@@ -73,8 +75,9 @@ class Placement:
             )
             site = Use(layer.node, layer.activation)
             if isinstance(choice.activation, PerTokenActivation):
-                spec = QuantSpec(choice.activation.dtype, PerToken(), symmetric=True)
-                plan.activations[site] = Slot(spec, f"{layer.activation_name}@token")
+                spec = QuantSpec(choice.activation.dtype, PerToken(), choice.activation.symmetric)
+                kind = "@tokens" if spec.symmetric else "@token"
+                plan.activations[site] = Slot(spec, f"{layer.activation_name}{kind}")
             if not isinstance(choice.activation, StaticActivation):
                 continue
             params = produced.get(layer.activation_name) or activation_params(
@@ -130,6 +133,9 @@ def place(
         if layer.op not in target.ops:
             placement.skipped[name] = f"{target.name} has no integer {layer.op}"
             continue
+        if isinstance(choice.activation, PerTokenActivation) and not _has_rows(graph, layer):
+            placement.skipped[name] = NO_ROWS
+            continue
         placement.layers[name] = (layer, choice)
         if not isinstance(act := choice.activation, StaticActivation):
             continue
@@ -142,6 +148,11 @@ def place(
         if wanted and isinstance(choice.activation, StaticActivation):
             _quantize_output(graph, placement, layer, choice.activation)
     return placement
+
+
+def _has_rows(graph: Graph, layer: Linear) -> bool:
+    """Whether each row of the layer's input along the last axis makes one row of its output."""
+    return layer.op == "MatMul" or (layer.op == "Gemm" and not graph.node(layer.node).attrs.get("transA", 0))
 
 
 def _quantize_output(graph: Graph, placement: Placement, layer: Linear, choice: StaticActivation) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import numpy as np
@@ -33,6 +34,11 @@ ROWS = """g (float[N,64] x) => (float[N,32] y) {
 PER_TOKEN = {
     "steps": [{"type": "quantize", "act": {"per": "token", "when": "dynamic"}, "bias_correction": False}]
 }
+
+
+def per_token(symmetric: bool) -> dict[str, Any]:
+    act = {"per": "token", "when": "dynamic", "symmetric": symmetric}
+    return {"steps": [{"type": "quantize", "act": act, "bias_correction": False}]}
 
 
 def model(body: str = TOKENS, opset: int = 17) -> onnx.ModelProto:
@@ -129,17 +135,54 @@ class TestPerToken:
         assert errors[0] < errors[1] / 10
         assert token.model.opset_import[0].version == opset
 
-    def test_formula(self) -> None:
-        """y = r * ((round(127 x/r) * s_w q_w) / 127) + b, r = max|x| of the row."""
+    @pytest.mark.parametrize("symmetric", [True, False])
+    def test_formula(self, symmetric: bool) -> None:
+        """y = r * ((round(127 (x - c)/r) * s_w q_w) / 127) + c * sum(s_w q_w) + b, per row: r = max|x| and c = 0, or
+        half the width and the middle of its values."""
         body = "g (float[N,64] x) => (float[N,32] y) { [fc] y = Gemm <transB = 1> (x, w3, b3) }"
         proto, feeds = model(body), uneven(ROWS)
-        result = quantized(proto, feeds, recipe=PER_TOKEN)
+        result = quantized(proto, feeds, recipe=per_token(symmetric))
         scale = np.abs(WEIGHTS["w3"]).max(axis=1, keepdims=True) / np.float32(127)
         weight = np.rint(WEIGHTS["w3"] / scale) * scale
         for feed, (seen,) in zip(feeds, outputs_of(result.model, feeds), strict=True):
-            rows = np.abs(feed["x"]).max(axis=1, keepdims=True)
-            x = np.rint(feed["x"] / rows * 127) / 127
-            np.testing.assert_allclose(seen, rows * (x @ weight.T) + WEIGHTS["b3"], rtol=1e-4, atol=1e-4)
+            x = feed["x"] + 0.0
+            high, low = x.max(axis=1, keepdims=True), x.min(axis=1, keepdims=True)
+            half = np.float32(0.5)
+            r, c = (
+                (np.maximum(high, -low), 0 * high)
+                if symmetric
+                else ((high - low) * half, (high + low) * half)
+            )
+            codes = np.rint((x - c) / r * 127) / 127
+            want = r * (codes @ weight.T) + c * weight.sum(axis=1) + WEIGHTS["b3"]
+            np.testing.assert_allclose(seen, want, rtol=1e-4, atol=1e-4)
+
+    def test_one_sided_rows_use_all_codes(self) -> None:
+        """Values from 0 up, as behind a GELU: half of a symmetric grid would stay empty."""
+        proto = model("g (float[N,64] x) => (float[N,128] y) { [up] y = MatMul (x, w1) }")
+        feeds = [{"x": np.abs(f["x"])} for f in uneven(ROWS)]
+        exact = outputs_of(proto, feeds)
+        sqnr = [
+            sqnr_of(exact, outputs_of(quantized(proto, feeds, recipe=per_token(symmetric)).model, feeds))
+            for symmetric in (True, False)
+        ]
+        assert sqnr[1] > sqnr[0] + 1
+
+    @pytest.mark.parametrize(
+        ("body", "op"),
+        [
+            ("g (float[N,4,8,8] x) => (float[N,8,6,6] y) { [c] y = Conv (x, k) [m] z = MatMul (x, m) }", "c"),
+            ("g (float[64,5] x) => (float[5,32] y) { [c] y = Gemm <transA = 1, transB = 1> (x, w3)"
+             " [m] h = Transpose <perm = [1, 0]> (x) [l] z = MatMul (h, w1) }", "c"),
+        ],
+    )  # fmt: skip
+    def test_a_layer_whose_rows_do_not_stay_rows_is_left_float(self, body: str, op: str) -> None:
+        weights = {**WEIGHTS, "k": np.ones((8, 4, 3, 3), np.float32), "m": np.eye(8, dtype=np.float32)}
+        proto = parse(body, weights, 17, 8)
+        proto.graph.output.append(onnx.helper.make_tensor_value_info("z", onnx.TensorProto.FLOAT, None))
+        result = quantize(proto, "w8a8-dynamic")
+        assert list(result.skipped) == [op]
+        assert "per token needs a layer whose rows stay rows" in result.skipped[op]
 
     def test_a_row_of_zeros_is_zero(self) -> None:
         proto = model("g (float[N,64] x) => (float[N,128] y) { [up] y = MatMul (x, w1) }")
@@ -155,11 +198,11 @@ class TestPerToken:
         body = "g (float[N,64] x) => (float[N,128] y) { [a] p = MatMul (x, w1) [b] q = MatMul (x, v1) y = Add (p, q) }"
         proto = parse(body, {"w1": WEIGHTS["w1"], "v1": WEIGHTS["w1"] * np.float32(0.5)}, 17, 8)
         ops = [n.op_type for n in quantized(proto, uneven(ROWS), recipe="w8a8-dynamic").model.graph.node]
-        assert (ops.count("ReduceMax"), ops.count("QuantizeLinear"), ops.count("Mul")) == (1, 1, 2)
+        assert (ops.count("ReduceMax"), ops.count("QuantizeLinear"), ops.count("Mul")) == (1, 1, 6)
 
     def test_the_simulation_says_the_same(self) -> None:
         proto, feeds = model(), uneven()
-        choice = LayerChoice(PerTokenActivation(UINT8))
+        choice = LayerChoice(PerTokenActivation(UINT8, symmetric=False))
         workspace = workspace_of(proto, feeds)
         placement = place(workspace.graph, choose(workspace.graph, choice), workspace.target)
         plan, _ = apply_step(workspace, choice, placement)
