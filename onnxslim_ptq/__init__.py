@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "Result", "__version__", "calibrate", "quantize"]
+__all__ = ["LayerSelector", "Recipe", "Result", "__version__", "analyze", "calibrate", "quantize"]
 
 if TYPE_CHECKING:
     from onnxslim_ptq.api import Result, quantize
     from onnxslim_ptq.calibration import calibrate
     from onnxslim_ptq.recipe import Recipe
+    from onnxslim_ptq.selector import LayerSelector
+    from onnxslim_ptq.sensitivity import analyze
 
 
 def __getattr__(name: str) -> Any:
@@ -23,6 +25,14 @@ def __getattr__(name: str) -> Any:
         from onnxslim_ptq.calibration import calibrate
 
         return calibrate
+    if name == "analyze":
+        from onnxslim_ptq.sensitivity import analyze
+
+        return analyze
+    if name == "LayerSelector":
+        from onnxslim_ptq.selector import LayerSelector
+
+        return LayerSelector
     if name == "Recipe":
         from onnxslim_ptq.recipe import Recipe
 

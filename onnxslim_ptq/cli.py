@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from onnxslim_ptq import __version__
+from onnxslim_ptq.commands.analyze import analyze
 from onnxslim_ptq.commands.calibrate import calibrate
 from onnxslim_ptq.commands.compare import compare
 from onnxslim_ptq.commands.console import emit_json, note, one_line, program, say
@@ -97,6 +98,7 @@ app.command()(calibrate)
 app.command("merge-stats")(merge_stats)
 app.command()(compare)
 app.command()(export)
+app.command()(analyze)
 app.command()(recipes)
 app.command()(doctor)
 for _name, _command in LATER.items():

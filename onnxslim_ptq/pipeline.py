@@ -39,7 +39,7 @@ from onnxslim_ptq.steps.run_smoothing import run_smoothing, smoothing_notes
 from onnxslim_ptq.steps.smoothing import Smoothed, SmoothingConfig
 from onnxslim_ptq.workspace import Workspace
 
-__all__ = ["Job", "Outcome", "Planned", "make_plan", "run"]
+__all__ = ["Job", "Outcome", "Planned", "float_graph", "make_plan", "named_layers", "run"]
 
 _PER_CHANNEL_OPSET = 13
 
@@ -111,7 +111,7 @@ def make_plan(job: Job) -> Planned:
 
 def _make_plan(job: Job) -> Planned:
     notes: list[str] = []
-    graph = _float_graph(job, notes)
+    graph = float_graph(job, notes)
     layers, skipped = _choices(job, graph)
     workspace = Workspace(
         graph,
@@ -139,7 +139,9 @@ def _make_plan(job: Job) -> Planned:
     elif needs_layers:
         _require_layers(job, placement.layers, {**skipped, **placement.skipped})
     smoothing = _smoothing(job, notes)
-    layers, placement, smoothed = run_smoothing(workspace, smoothing, _names(job, graph), layers, placement)
+    layers, placement, smoothed = run_smoothing(
+        workspace, smoothing, named_layers(job, graph), layers, placement
+    )
     notes += smoothing_notes(smoothed)
     workspace.collect([*quantize.probes(workspace, placement), *kv_cache.probes(caches)])  # in one sweep
     placement, stats = _statistics(job, workspace, placement, layers, notes)
@@ -201,7 +203,8 @@ def _require_layers(job: Job, layers: Collection[object], skipped: Mapping[str, 
         raise GraphError(f"{job.source.name}: no layer can be quantized{hint}; nothing was written")
 
 
-def _float_graph(job: Job, notes: list[str]) -> Graph:
+def float_graph(job: Job, notes: list[str]) -> Graph:
+    """The graph that is quantized: opset raised, simplified; GraphError for a model that is quantized already."""
     integer = already_quantized(job.source)
     if integer and not job.allow_quantized:
         raise GraphError(
@@ -222,7 +225,7 @@ def _float_graph(job: Job, notes: list[str]) -> Graph:
 def _choices(job: Job, graph: Graph) -> tuple[dict[str, tuple[Linear, LayerChoice]], dict[str, str]]:
     linears, reasons = find_linears(graph)
     given = {n.name for n in job.source.proto.graph.node}
-    named = list(_names(job, graph).values())
+    named = list(named_layers(job, graph).values())
     others = [Layer(name, graph.node(name).op, original=_original(name, given)) for name in reasons]
     resolution = resolve(job.recipe, named, others)
     chosen = {
@@ -233,7 +236,7 @@ def _choices(job: Job, graph: Graph) -> tuple[dict[str, tuple[Linear, LayerChoic
     return chosen, {**reasons, **resolution.skipped}
 
 
-def _names(job: Job, graph: Graph) -> dict[str, Layer]:
+def named_layers(job: Job, graph: Graph) -> dict[str, Layer]:
     """What patterns see of each layer, by node name."""
     given = {n.name for n in job.source.proto.graph.node}
     linears = find_linears(graph)[0]

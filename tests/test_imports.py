@@ -28,7 +28,17 @@ ORDER: tuple[frozenset[str], ...] = (
     frozenset({"onnxslim_ptq.asked", "onnxslim_ptq.recorded"}),
     frozenset({"onnxslim_ptq.analysis"}),
     frozenset({"onnxslim_ptq.pipeline"}),
-    frozenset({"onnxslim_ptq.api", "onnxslim_ptq.calibration", "onnxslim_ptq.exporting", "onnxslim_ptq"}),
+    frozenset(
+        {
+            "onnxslim_ptq.api",
+            "onnxslim_ptq.calibration",
+            "onnxslim_ptq.exporting",
+            "onnxslim_ptq.selector",
+            "onnxslim_ptq.sensitivity",
+            "onnxslim_ptq.tuning",
+            "onnxslim_ptq",
+        }
+    ),
     frozenset(
         {
             "onnxslim_ptq.frontends",

@@ -14,6 +14,7 @@ from calib.stats.mean import MeanStats
 from calib.stats.minmax import MinMaxStats
 from calib.stats.rows import RowStats
 from calib.stats.series import SeriesStats
+from calib.stats.spread import SpreadStats
 from calib.types import Array, Probe, Stats
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "MinMaxStats",
     "RowStats",
     "SeriesStats",
+    "SpreadStats",
 ]
 
 
@@ -48,4 +50,5 @@ COLLECTORS: dict[str, Collector] = {
     "minmax": MinMaxStats,
     "rows": RowStats,
     "series": SeriesStats,
+    "spread": SpreadStats,
 }

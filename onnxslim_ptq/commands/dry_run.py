@@ -16,7 +16,7 @@ from onnxslim_ptq.core.targets import TARGETS
 from onnxslim_ptq.errors import RecipeError
 from onnxslim_ptq.export.check import source_files
 from onnxslim_ptq.export.files import AtomicFiles, output_paths
-from onnxslim_ptq.pipeline import Job, _choices, _float_graph
+from onnxslim_ptq.pipeline import Job, _choices, float_graph
 from onnxslim_ptq.recipe import Recipe
 from onnxslim_ptq.recorded import recorded_samples
 from onnxslim_ptq.samples import open_samples
@@ -97,7 +97,7 @@ def _plan(model: Path, settings: Mapping[str, Any]) -> _Plan:
         allow_quantized=settings["allow_quantized"],
     )
     notes = data.notes
-    graph = _float_graph(job, notes)
+    graph = float_graph(job, notes)
     layers, skipped = _choices(job, graph)
     workspace = Workspace(graph, target, job.calibration, job.device, job.threads)
     placement = dry_placement(workspace, layers)

@@ -34,11 +34,6 @@ LATER: dict[str, Callable[[typer.Context], None]] = {
     name: _later(name, help_text, instead)
     for name, help_text, instead in (
         (
-            "analyze",
-            "Rank layers by sensitivity.",
-            "compare FLOAT QUANT --calib DATA shows the error of each layer",
-        ),
-        (
             "tune",
             "Find the fewest float layers that meet a goal.",
             "exclude the worst layers that compare names",

@@ -1,4 +1,4 @@
-"""`python -m tools.bench [main | ranges | quality | blockwise | calib | render] [--models …]`: docs/benchmarks.md."""
+"""`python -m tools.bench [main | ranges | quality | blockwise | calib | sensitivity | render]`: docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tools.zoo import names
 
-from . import blockwise, calib
+from . import blockwise, calib, sensitivity
 from .compare import Bench, compare, quality, recipes
 from .machine import ROOT, stamp
 from .records import Results, Table, read_results, write_results
@@ -26,6 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
         return blockwise.main(given[1:])
     if given[:1] == ["calib"]:
         return calib.main(given[1:])
+    if given[:1] == ["sensitivity"]:
+        return sensitivity.main(given[1:])
     options = _options(arguments)
     results = read_results(options.json)
     failed = False

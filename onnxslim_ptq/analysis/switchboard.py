@@ -1,0 +1,99 @@
+"""Measures any set of quantized layers against none, all in one session."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calib.provider import SessionOptions, create_session
+from calib.runner import run_session, tap
+from calib.sweep.lanes import in_lanes, lanes_for
+from calib.types import Array, Sample
+from onnxslim_ptq.analysis.metrics import OutputError
+from onnxslim_ptq.core.spec import QuantPlan
+from onnxslim_ptq.export.simulation import Simulation
+from onnxslim_ptq.export.switches import Switched, switch_layers
+from onnxslim_ptq.steps.placement import Placement
+from onnxslim_ptq.workspace import Judge, Workspace, judged_tensors
+
+__all__ = ["Switchboard", "makers_of"]
+
+
+def makers_of(placement: Placement) -> dict[str, tuple[str, ...]]:
+    """The layers that make each value quantized at its result."""
+    return {
+        placed.tensor: tuple(layer.node for layer in placed.producers)
+        for placed in placement.tensors.values()
+        if placed.at_result
+    }
+
+
+class Switchboard(Judge):
+    """Errors of the model's outputs, and of ``watched`` values, when a set of layers is quantized.
+
+    The float answers come from the same session with every switch off, so an empty set has no error at all.
+    """
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        placement: Placement,
+        plan: QuantPlan,
+        samples: Sequence[Sample],
+        watched: Sequence[str] = (),
+    ) -> None:
+        model = workspace.model()
+        self.switched: Switched = switch_layers(model, plan, makers_of(placement))
+        self.layers = list(self.switched.layers)
+        self.watched = list(watched)
+        self.runs = 0
+        self._simulation, self._samples = Simulation(self.switched.model, {}), list(samples)
+        self._judged = judged_tensors(model)
+        self._lanes, options = lanes_for(SessionOptions(threads=workspace.threads, simulate=True), "cpu")
+        outputs = [o.name for o in model.proto.graph.output]
+        taps = tap(self.switched.model, list(dict.fromkeys([*self._judged, *outputs, *self.watched])))
+        self._session = create_session(taps.SerializeToString(), self.switched.model.weights, options=options)
+        self._outputs = outputs
+        self._reference = list(in_lanes(self._samples, self._float, self._lanes))
+
+    def _float(self, item: Sample) -> list[Array]:
+        return self._values(item, list(self._judged), ())
+
+    def _values(self, item: Sample, names: Sequence[str], on: Collection[str]) -> list[Array]:
+        sample, feed = item
+        self.runs += 1
+        return run_session(self._session, names, {**feed, **self.switched.feed(on)}, sample)
+
+    def decibels(self, on: Collection[str]) -> float:
+        """`Judge.score` with only the layers ``on`` quantized."""
+        self.runs += len(self._samples)
+        return self.score({}, self.switched.feed(on))
+
+    def energies(self, on: Collection[str]) -> dict[str, NDArray[np.float64]]:
+        """By judged tensor: energy of its float values and of the error with ``on`` quantized, [2]."""
+        self.runs += len(self._samples)
+        total = np.sum(list(self._energies(self.switched.feed(on))), axis=0)
+        return {name: total[:, i] for i, name in enumerate(self._judged)}
+
+    def outputs(self, on: Collection[str]) -> list[OutputError]:
+        """Errors of the model's own outputs, as verification measures them."""
+        return self._compared(self._outputs, on)
+
+    def values(self, on: Collection[str], names: Sequence[str]) -> Mapping[str, OutputError]:
+        """Errors of ``watched`` values."""
+        return dict(zip(names, self._compared(names, on), strict=True))
+
+    def _compared(self, names: Sequence[str], on: Collection[str]) -> list[OutputError]:
+        errors = [OutputError(name) for name in names]
+
+        def pair(item: Sample) -> tuple[list[Array], list[Array]]:
+            return self._values(item, names, ()), self._values(item, names, on)
+
+        for (sample, _), (exact, seen) in zip(
+            self._samples, in_lanes(self._samples, pair, self._lanes), strict=True
+        ):
+            for error, y, z in zip(errors, exact, seen, strict=True):
+                error.add(y, z, str(sample))
+        return errors

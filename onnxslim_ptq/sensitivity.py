@@ -1,0 +1,285 @@
+"""``analyze``: which layers, attentions or blocks cost most when they are quantized."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import yaml
+
+from calib.errors import GraphError
+from calib.model import open_model
+from calib.provider import SessionOptions, create_session
+from calib.runner import Listener, Progress, run_session, tap
+from calib.stats.spread import SPREADS, SpreadStats
+from calib.types import Probe, Sample
+from onnxslim_ptq.analysis.entries import Entry, entries_of, find_blocks
+from onnxslim_ptq.analysis.metrics import OutputError
+from onnxslim_ptq.analysis.switchboard import Switchboard
+from onnxslim_ptq.asked import checked
+from onnxslim_ptq.core.match import Layer, Pattern, nearest
+from onnxslim_ptq.errors import RecipeError
+from onnxslim_ptq.export.switches import add_twins
+from onnxslim_ptq.graph.linears import Linear, find_linears
+from onnxslim_ptq.pipeline import Job, Planned, float_graph, make_plan, named_layers
+from onnxslim_ptq.recipe import Recipe
+from onnxslim_ptq.samples import open_samples
+from onnxslim_ptq.workspace import Workspace
+
+__all__ = ["METRICS", "Analysis", "Ranked", "analyze", "as_patterns", "judging_samples", "rank_by_sqnr"]
+
+METRICS: dict[str, tuple[str, ...]] = {
+    "linear": ("sqnr", *SPREADS),
+    "layer": ("mse_model_wise", "mse_layer_wise"),
+}
+_PASSES = 8  # how often all candidates together may run the calibration samples
+_FEWEST, _MOST = 4, 16
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Layers ranked as one; the higher ``score``, the more they cost. ``sqnr_db``: of the outputs, these alone int8."""
+
+    name: str
+    nodes: tuple[str, ...]
+    op: str
+    score: float
+    sqnr_db: float | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        known = {} if self.sqnr_db is None else {"sqnr_db": self.sqnr_db}
+        return {"name": self.name, "nodes": list(self.nodes), "op": self.op, "score": self.score, **known}
+
+
+@dataclass
+class Analysis:
+    """A ranking, worst first, made on ``samples`` samples."""
+
+    scope: str
+    metric: str
+    ranking: list[Ranked]
+    samples: int
+    notes: list[str] = field(default_factory=list)
+
+    def exclude(self, top: int) -> list[str]:
+        """Patterns for the layers of the first ``top`` entries."""
+        return as_patterns(node for ranked in self.ranking[:top] for node in ranked.nodes)
+
+    def snippet(self, top: int) -> str:
+        """The YAML for a recipe's quantize step."""
+        return yaml.safe_dump(
+            {"exclude": self.exclude(top)}, sort_keys=False, allow_unicode=True, width=10_000
+        )
+
+    def as_json(self, top: int) -> dict[str, Any]:
+        return {
+            "scope": self.scope,
+            "metric": self.metric,
+            "samples": self.samples,
+            "ranking": [ranked.as_json() for ranked in self.ranking],
+            "exclude": self.exclude(top),
+            "notes": self.notes,
+        }
+
+
+def as_patterns(nodes: Iterable[str]) -> list[str]:
+    """Patterns that match these names and, of a name with wildcards in it, nothing else."""
+    return [
+        f"re:{_escaped(node)}" if set(node) & set("*?[") or node.startswith(("re:", "op:")) else node
+        for node in nodes
+    ]
+
+
+def _escaped(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "_/-: " else f"\\{c}" for c in name)
+
+
+def analyze(
+    model: str | Path | onnx.ModelProto,
+    scope: str = "linear",
+    metric: str | None = None,
+    calib_data: Any = None,
+    *,
+    recipe: str | Path | Mapping[str, Any] | Recipe = "w8a8",
+    target: str | None = None,
+    device: str = "cpu",
+    samples: int | None = None,
+    stacked: bool = False,
+    patterns: Sequence[str] = (),
+    reduce_range: str = "auto",
+    threads: int = 0,
+    seed: int = 0,
+    listener: Listener | None = None,
+) -> Analysis:
+    """Rank what ``scope`` names (`METRICS`) by ``metric`` (default: the scope's first), worst first.
+
+    ``sqnr``: noise-to-signal ratio of the model's outputs when only these layers are quantized, as ``recipe`` says, on
+    4 to 16 calibration samples (families of outputs count as one, an output behind a saturating function is judged
+    before it). ``std``, ``quantile``, ``kurtosis``: of the layers' inputs, `calib.stats.SpreadStats`.
+    ``mse_model_wise``: mean squared error of the outputs with one block quantized; ``mse_layer_wise``: its layers'
+    mean squared error on float inputs. ``patterns`` choose layers. Raises what `quantize` raises, RecipeError for an
+    unknown metric.
+    """
+    known = METRICS.get(scope)
+    if known is None:
+        raise RecipeError(f"scope '{scope}' is unknown; use one of {', '.join(METRICS)}")
+    metric = metric or known[0]
+    if metric not in known:
+        raise RecipeError(f"metric '{metric}' is unknown for scope '{scope}'; use one of {', '.join(known)}")
+    asked = checked(recipe, target, device, "error", reduce_range, (), ())
+    source = open_model(model)
+    data = open_samples(
+        source,
+        asked.recipe.data,
+        calib_data,
+        samples=samples,
+        stacked=stacked,
+        threads=threads,
+        seed=seed,
+        hold_out=False,
+    )
+    job = Job(
+        source,
+        asked.recipe,
+        asked.target,
+        data.calibration,
+        data.evaluation,
+        device,
+        threads,
+        reduce_range=asked.reduce_range,
+        listener=listener,
+        synthetic=data.synthetic,
+    )
+    wanted = [Pattern.parse(text) for text in patterns]
+    found = _by_spread(job, metric, wanted) if metric in SPREADS else _by_error(job, scope, metric, wanted)
+    found.notes[:0] = data.notes
+    if data.synthetic:
+        found.notes.append("no data was given: the ranking is that of random inputs")
+    return found
+
+
+def _by_spread(job: Job, metric: str, patterns: Sequence[Pattern]) -> Analysis:
+    notes: list[str] = []
+    graph = float_graph(job, notes)
+    layers = _chosen(find_linears(graph)[0], named_layers(job, graph), patterns)
+    workspace = Workspace(graph, job.target, job.calibration, job.device, job.threads, listener=job.listener)
+    probes = {layer.node: _spread_probe(layer) for layer in layers}
+    stats = workspace.collect(probes.values())
+    ranking = []
+    for entry in entries_of(layers):
+        stat = stats[probes[entry.name]]
+        assert isinstance(stat, SpreadStats)
+        score = stat.of(metric)
+        if score is None:
+            notes.append(f"{entry.name}: no finite, changing input was seen; not ranked")
+        else:
+            ranking.append(Ranked(entry.name, entry.nodes, entry.layers[0].op, score))
+    ranking.sort(key=lambda ranked: -ranked.score)
+    return Analysis("linear", metric, ranking, len(job.calibration), notes)
+
+
+def _spread_probe(layer: Linear) -> Probe:
+    return Probe(layer.activation_name, "spread", 1 if layer.op in ("Conv", "ConvTranspose") else -1)
+
+
+def _chosen(
+    layers: Sequence[Linear], named: Mapping[str, Layer], patterns: Sequence[Pattern]
+) -> list[Linear]:
+    """The layers that a pattern matches, all without patterns; RecipeError for a pattern that matches none."""
+    for pattern in patterns:
+        if not any(pattern.matches(named[layer.node]) for layer in layers):
+            raise RecipeError(
+                f"--pattern '{pattern.text}' matches no layer; {nearest(pattern, list(named.values()))}"
+            )
+    chosen = [la for la in layers if not patterns or any(p.matches(named[la.node]) for p in patterns)]
+    if not chosen:
+        raise GraphError("the model has no layer that can be quantized, so there is nothing to rank")
+    return chosen
+
+
+def _by_error(job: Job, scope: str, metric: str, patterns: Sequence[Pattern]) -> Analysis:
+    planned = make_plan(job)
+    every = [layer for layer, _ in planned.placement.layers.values()]
+    layers = _chosen(every, named_layers(job, planned.workspace.graph), patterns)
+    if scope == "linear":
+        entries = entries_of(layers)
+        samples = judging_samples(planned.workspace, len(entries))
+        board = Switchboard(planned.workspace, planned.placement, planned.plan, samples)
+        ranking = rank_by_sqnr(board, entries, job.listener)
+    else:
+        blocks = [Entry(tuple(block)) for block in find_blocks(planned.workspace.model(), layers)]
+        samples = judging_samples(planned.workspace, len(blocks))
+        score = _model_wise if metric == "mse_model_wise" else _layer_wise
+        ranking = score(planned, blocks, samples, job.listener)
+    return Analysis(scope, metric, ranking, len(samples), planned.notes)
+
+
+def judging_samples(workspace: Workspace, candidates: int) -> list[Sample]:
+    """Calibration samples for that many candidates: 4 to 16, all candidates together 8 times all samples."""
+    count = int(np.clip(_PASSES * workspace.samples / max(candidates, 1), _FEWEST, _MOST))
+    return list(workspace.part(count).calibration)
+
+
+def rank_by_sqnr(
+    board: Switchboard, entries: Sequence[Entry], listener: Listener | None = None
+) -> list[Ranked]:
+    """Every entry quantized alone, worst first; the score is 10^(-dB/10)."""
+
+    def one(entry: Entry) -> Ranked:
+        sqnr = board.decibels(entry.nodes)
+        return Ranked(entry.name, entry.nodes, entry.layers[0].op, float(10 ** (-sqnr / 10)), sqnr)
+
+    return _ranked(entries, one, listener)
+
+
+def _ranked(
+    entries: Sequence[Entry], one: Callable[[Entry], Ranked], listener: Listener | None
+) -> list[Ranked]:
+    ranking, started = [], time.monotonic()
+    for done, entry in enumerate(entries, 1):
+        ranking.append(one(entry))
+        if listener is not None:
+            listener(Progress("ranking", done, len(entries), time.monotonic() - started))
+    return sorted(ranking, key=lambda ranked: -ranked.score)
+
+
+def _model_wise(
+    planned: Planned, blocks: Sequence[Entry], samples: Sequence[Sample], listener: Listener | None
+) -> list[Ranked]:
+    board = Switchboard(planned.workspace, planned.placement, planned.plan, samples)
+
+    def one(block: Entry) -> Ranked:
+        errors = [e for e in board.outputs(block.nodes) if e.is_float and e.count]
+        return _block(block, float(np.mean([e.noise / e.count for e in errors])) if errors else 0.0)
+
+    return _ranked(blocks, one, listener)
+
+
+def _layer_wise(
+    planned: Planned, blocks: Sequence[Entry], samples: Sequence[Sample], listener: Listener | None
+) -> list[Ranked]:
+    model, twins = add_twins(planned.workspace.model(), planned.plan)
+    layers = [layer for block in blocks for layer in block.layers]
+    names = list(dict.fromkeys(n for la in layers for n in (la.output_name, twins[la.node])))
+    options = SessionOptions(threads=planned.workspace.threads, simulate=True)
+    session = create_session(tap(model, names).SerializeToString(), model.weights, options=options)
+    errors = {layer.node: OutputError(layer.output_name) for layer in layers}
+    for done, (sample, feed) in enumerate(samples, 1):
+        values = dict(zip(names, run_session(session, names, feed, sample), strict=True))
+        for layer in layers:
+            errors[layer.node].add(values[layer.output_name], values[twins[layer.node]], str(sample))
+        if listener is not None:
+            listener(Progress("ranking", done, len(samples)))
+    means = {node: e.noise / max(e.count, 1) for node, e in errors.items()}
+    ranking = [_block(block, float(np.mean([means[n] for n in block.nodes]))) for block in blocks]
+    return sorted(ranking, key=lambda ranked: -ranked.score)
+
+
+def _block(block: Entry, score: float) -> Ranked:
+    ops = ", ".join(dict.fromkeys(layer.op for layer in block.layers))
+    return Ranked(block.name, block.nodes, f"{len(block.layers)} {ops}", score)

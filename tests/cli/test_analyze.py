@@ -1,0 +1,131 @@
+"""`analyze` and `LayerSelector`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import yaml
+
+from onnxslim_ptq import LayerSelector, Recipe, analyze, quantize
+from onnxslim_ptq.cli import main
+from onnxslim_ptq.errors import RecipeError
+from onnxslim_ptq.sensitivity import as_patterns
+from tests.models import feeds_for, mlp
+
+DIGITS = Path(__file__).resolve().parents[2] / "tools" / "digits"
+MODEL, CALIB = str(DIGITS / "digits.onnx"), str(DIGITS / "calib")
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.mark.parametrize("metric", ["sqnr", "std", "quantile", "kurtosis"])
+def test_linear(metric: str, capsys: Captured) -> None:
+    assert main(["analyze", "linear", MODEL, "--calib", CALIB, "--metrics", metric, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    scores = [ranked["score"] for ranked in found["ranking"]]
+    assert len(scores) == 10
+    assert scores == sorted(scores, reverse=True)
+    assert len(found["exclude"]) == 10
+    assert (found["scope"], found["metric"]) == ("linear", metric)
+
+
+@pytest.mark.parametrize("metric", ["mse_model_wise", "mse_layer_wise"])
+def test_layer(metric: str, capsys: Captured) -> None:
+    assert main(["analyze", "layer", MODEL, "--calib", CALIB, "--metrics", metric, "--json"]) == 0
+    ranking = json.loads(capsys.readouterr().out)["ranking"]
+    nodes = [node for ranked in ranking for node in ranked["nodes"]]
+    assert len(nodes) == len(set(nodes)) == 10
+    assert len(ranking) < 10
+    assert all(ranked["score"] > 0 for ranked in ranking)
+
+
+def test_a_person_gets_lines_for_the_recipe(capsys: Captured) -> None:
+    assert main(["analyze", "linear", MODEL, "--calib", CALIB, "--topk", "2", "--pattern", "*block1*"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("2 of 3 by sqnr, most sensitive first")
+    snippet = yaml.safe_load(
+        "\n".join(line for line in text.splitlines() if line.startswith(("exclude:", "- ")))
+    )
+    assert len(snippet["exclude"]) == 2
+    recipe = Recipe.load({"steps": [{"type": "quantize", **snippet}]})
+    reasons = quantize(MODEL, recipe, CALIB).skipped.values()
+    assert sum("excluded by" in reason for reason in reasons) == 2
+
+
+def test_the_worst_layer_is_found() -> None:
+    """A hidden unit that is never active has one huge weight per column, which leaves the other weights no codes."""
+    proto = mlp()
+    edited = {t.name: onnx.numpy_helper.to_array(t).copy() for t in proto.graph.initializer}
+    edited["w1"][:, 3], edited["b1"][3], edited["w2"][3] = 0, -1, 60
+    for tensor in proto.graph.initializer:
+        tensor.CopyFrom(onnx.numpy_helper.from_array(edited[tensor.name], tensor.name))
+    found = analyze(proto, calib_data=feeds_for(proto), recipe="w8a8-minmax")
+    assert found.ranking[0].name == "mm2"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["lineer", MODEL], "scope 'lineer' is unknown; use one of linear"),
+        (
+            ["layer", MODEL, "--metrics", "sqnr"],
+            "metric 'sqnr' is unknown for scope 'layer'; use one of",
+        ),
+        (["linear", MODEL, "--pattern", "*nothing*"], "--pattern '*nothing*' matches no layer"),
+        (["linear", "missing.onnx"], "does not exist"),
+    ],
+)
+def test_errors(arguments: list[str], message: str, capsys: Captured) -> None:
+    assert main(["analyze", *arguments, "--calib", CALIB]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_patterns_match_the_names_and_nothing_else() -> None:
+    from onnxslim_ptq.core.match import Layer, Pattern
+
+    for name in ("/a/b", "conv[1]", "re:x", "op:Conv", "a*b", "a?\\(b"):
+        (text,) = as_patterns([name])
+        assert Pattern.parse(text).matches(Layer(name, "X"))
+        assert not Pattern.parse(text).matches(Layer(name.replace("[1]", "1").replace("*", "_") + "x", "X"))
+
+
+class TestLayerSelector:
+    def test_threshold_and_level(self) -> None:
+        selector = LayerSelector(MODEL, range_method="std")
+        ranking = selector.run(CALIB)
+        scores = [ranked.score for ranked in ranking]
+        middle = float(np.median(scores))
+        assert selector.select_layers_by_threshold(middle) == [r.name for r in ranking if r.score > middle]
+        assert selector.select_layers_by_disable_level(2) == [r.name for r in ranking[:2]]
+        assert selector.select_layers_by_disable_level(0) == []
+        assert len(selector.select_layers_by_disable_level(99)) == 10
+
+    def test_some_layers_only(self) -> None:
+        selector = LayerSelector(MODEL, ["/fc/Gemm", "/stem/stem.0/Conv"])
+        selector.run(CALIB)
+        assert set(selector.select_layers_by_threshold(-1e9)) == {"/fc/Gemm", "/stem/stem.0/Conv"}
+
+    @pytest.mark.parametrize(
+        ("call", "error"),
+        [
+            (lambda: LayerSelector(3), TypeError),  # type: ignore[arg-type]
+            (lambda: LayerSelector(MODEL, "name"), TypeError),
+            (lambda: LayerSelector(MODEL, range_method="max"), ValueError),
+            (lambda: LayerSelector(MODEL, ["nothing"]).run(CALIB), ValueError),
+            (lambda: LayerSelector(MODEL).select_layers_by_threshold(1.0), ValueError),
+            (lambda: LayerSelector(MODEL).select_layers_by_threshold(True), TypeError),
+            (lambda: LayerSelector(MODEL).select_layers_by_disable_level(1.5), TypeError),  # type: ignore[arg-type]
+            (lambda: LayerSelector(MODEL).select_layers_by_disable_level(-1), ValueError),
+        ],
+    )
+    def test_wrong_arguments(self, call: object, error: type[Exception]) -> None:
+        with pytest.raises(error):
+            call()  # type: ignore[operator]
+
+
+def test_unknown_scope_from_python() -> None:
+    with pytest.raises(RecipeError, match="scope 'x' is unknown"):
+        analyze(MODEL, "x")
