@@ -33,7 +33,17 @@ def test_version(capsys: Captured) -> None:
 def test_help_lists_every_command() -> None:
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
-    for name in ("quantize", "inspect", "calibrate", "merge-stats", "compare", "analyze", "recipes", "doctor", *LATER):
+    for name in (
+        "quantize",
+        "inspect",
+        "calibrate",
+        "merge-stats",
+        "compare",
+        "analyze",
+        "recipes",
+        "doctor",
+        *LATER,
+    ):
         assert name in result.output
 
 
