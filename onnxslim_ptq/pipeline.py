@@ -26,12 +26,11 @@ from onnxslim_ptq.export.fusion import guard_float_layers
 from onnxslim_ptq.export.renderers import RENDERERS
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.linears import Linear, find_linears
-from onnxslim_ptq.graph.names import module_names
 from onnxslim_ptq.graph.opset import raise_opset
 from onnxslim_ptq.graph.optimize import optimize
 from onnxslim_ptq.graph.precision import already_quantized
 from onnxslim_ptq.recipe import Recipe
-from onnxslim_ptq.resolution import LayerConfig, resolve
+from onnxslim_ptq.resolution import LayerConfig, named_layers, original_name, resolve
 from onnxslim_ptq.steps import kv_cache, quantize
 from onnxslim_ptq.steps.fusing import dry_placement, leave_float, unfused_layers
 from onnxslim_ptq.steps.placement import Placement, place
@@ -39,7 +38,7 @@ from onnxslim_ptq.steps.run_smoothing import run_smoothing, smoothing_notes
 from onnxslim_ptq.steps.smoothing import Smoothed, SmoothingConfig
 from onnxslim_ptq.workspace import Workspace
 
-__all__ = ["Job", "Outcome", "Planned", "float_graph", "make_plan", "named_layers", "run"]
+__all__ = ["Job", "Outcome", "Planned", "float_graph", "make_plan", "run"]
 
 _PER_CHANNEL_OPSET = 13
 
@@ -140,7 +139,7 @@ def _make_plan(job: Job) -> Planned:
         _require_layers(job, placement.layers, {**skipped, **placement.skipped})
     smoothing = _smoothing(job, notes)
     layers, placement, smoothed = run_smoothing(
-        workspace, smoothing, named_layers(job, graph), layers, placement
+        workspace, smoothing, named_layers(job.source, job.recipe, graph), layers, placement
     )
     notes += smoothing_notes(smoothed)
     workspace.collect([*quantize.probes(workspace, placement), *kv_cache.probes(caches)])  # in one sweep
@@ -225,8 +224,8 @@ def float_graph(job: Job, notes: list[str]) -> Graph:
 def _choices(job: Job, graph: Graph) -> tuple[dict[str, tuple[Linear, LayerChoice]], dict[str, str]]:
     linears, reasons = find_linears(graph)
     given = {n.name for n in job.source.proto.graph.node}
-    named = list(named_layers(job, graph).values())
-    others = [Layer(name, graph.node(name).op, original=_original(name, given)) for name in reasons]
+    named = list(named_layers(job.source, job.recipe, graph).values())
+    others = [Layer(name, graph.node(name).op, original=original_name(name, given)) for name in reasons]
     resolution = resolve(job.recipe, named, others)
     chosen = {
         lin.node: (lin, _choice(resolution.configs[lin.node], job.target))
@@ -234,23 +233,6 @@ def _choices(job: Job, graph: Graph) -> tuple[dict[str, tuple[Linear, LayerChoic
         if lin.node in resolution.configs
     }
     return chosen, {**reasons, **resolution.skipped}
-
-
-def named_layers(job: Job, graph: Graph) -> dict[str, Layer]:
-    """What patterns see of each layer, by node name."""
-    given = {n.name for n in job.source.proto.graph.node}
-    linears = find_linears(graph)[0]
-    modules = module_names(graph, linears, job.recipe.names)
-    return {
-        lin.node: Layer(lin.node, lin.op, lin.weight_name, _original(lin.node, given), modules[lin.node])
-        for lin in linears
-    }
-
-
-def _original(node: str, given: Collection[str]) -> str:
-    """The name in the file of a node that was given a number because others have that name too."""
-    base = node.rpartition("#")[0]
-    return base if node not in given and base in given else node
 
 
 def _choice(config: LayerConfig, target: Target) -> LayerChoice:

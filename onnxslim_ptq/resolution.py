@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from calib.model import Model
 from onnxslim_ptq.core.match import Layer, Pattern, nearest
 from onnxslim_ptq.errors import RecipeError
+from onnxslim_ptq.graph.graph import Graph
+from onnxslim_ptq.graph.linears import find_linears
+from onnxslim_ptq.graph.names import module_names
 from onnxslim_ptq.recipe import NO_KERNEL, ActConfig, QuantizeStep, Recipe, RounderConfig, WeightConfig
 from onnxslim_ptq.steps.kv_cache import KvCacheStep
 
-__all__ = ["LayerConfig", "Resolution", "resolve"]
+__all__ = ["LayerConfig", "Resolution", "named_layers", "original_name", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,23 @@ def resolve(recipe: Recipe, layers: Sequence[Layer], others: Sequence[Layer] = (
         else:
             resolution.skipped[layer.node] = reason
     return resolution
+
+
+def named_layers(source: Model, recipe: Recipe, graph: Graph) -> dict[str, Layer]:
+    """What patterns see of each layer, by node name."""
+    given = {n.name for n in source.proto.graph.node}
+    linears = find_linears(graph)[0]
+    modules = module_names(graph, linears, recipe.names)
+    return {
+        lin.node: Layer(lin.node, lin.op, lin.weight_name, original_name(lin.node, given), modules[lin.node])
+        for lin in linears
+    }
+
+
+def original_name(node: str, given: Collection[str]) -> str:
+    """The name in the file of a node that was given a number because others have that name too."""
+    base = node.rpartition("#")[0]
+    return base if node not in given and base in given else node
 
 
 def _merged(recipe: Recipe, steps: tuple[int, ...]) -> LayerConfig:

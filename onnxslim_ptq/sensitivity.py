@@ -26,8 +26,9 @@ from onnxslim_ptq.core.match import Layer, Pattern, nearest
 from onnxslim_ptq.errors import RecipeError
 from onnxslim_ptq.export.switches import add_twins
 from onnxslim_ptq.graph.linears import Linear, find_linears
-from onnxslim_ptq.pipeline import Job, Planned, float_graph, make_plan, named_layers
+from onnxslim_ptq.pipeline import Job, Planned, float_graph, make_plan
 from onnxslim_ptq.recipe import Recipe
+from onnxslim_ptq.resolution import named_layers
 from onnxslim_ptq.samples import open_samples
 from onnxslim_ptq.workspace import Workspace
 
@@ -166,7 +167,7 @@ def analyze(
 def _by_spread(job: Job, metric: str, patterns: Sequence[Pattern]) -> Analysis:
     notes: list[str] = []
     graph = float_graph(job, notes)
-    layers = _chosen(find_linears(graph)[0], named_layers(job, graph), patterns)
+    layers = _chosen(find_linears(graph)[0], named_layers(job.source, job.recipe, graph), patterns)
     workspace = Workspace(graph, job.target, job.calibration, job.device, job.threads, listener=job.listener)
     probes = {layer.node: _spread_probe(layer) for layer in layers}
     stats = workspace.collect(probes.values())
@@ -205,7 +206,7 @@ def _chosen(
 def _by_error(job: Job, scope: str, metric: str, patterns: Sequence[Pattern]) -> Analysis:
     planned = make_plan(job)
     every = [layer for layer, _ in planned.placement.layers.values()]
-    layers = _chosen(every, named_layers(job, planned.workspace.graph), patterns)
+    layers = _chosen(every, named_layers(job.source, job.recipe, planned.workspace.graph), patterns)
     if scope == "linear":
         entries = entries_of(layers)
         samples = judging_samples(planned.workspace, len(entries))
