@@ -30,7 +30,11 @@ from onnxslim_ptq.export.description import Calibration, Context, describe, writ
 from onnxslim_ptq.export.exchange import Exchange
 from onnxslim_ptq.export.files import AtomicFiles, OutputPaths, output_paths, write_model
 from onnxslim_ptq.export.renderers import RENDERERS
+from onnxslim_ptq.export.tensors import layer_tensors
+from onnxslim_ptq.export.weight_files import WeightFiles, Write, files_of
 from onnxslim_ptq.graph.graph import Graph
+from onnxslim_ptq.graph.linears import find_linears
+from onnxslim_ptq.graph.names import module_names
 from onnxslim_ptq.pipeline import Job, Outcome, run
 from onnxslim_ptq.recipe import Recipe
 from onnxslim_ptq.recipes.data import without_folders
@@ -81,14 +85,19 @@ class Result:
                 tensor.CopyFrom(array)
         return proto
 
-    def save(self, out: str | Path, *, external_data: bool = False) -> OutputPaths:
+    def save(
+        self, out: str | Path, *, external_data: bool = False, weights: WeightFiles | None = None
+    ) -> OutputPaths:
         """Write the model and its weights JSON (README: "What it writes"), atomically, after a last check.
 
-        The written file is read again, checked, loaded and run; VerificationError leaves nothing at ``out``.
+        ``weights``: also the tensors and their description as msModelSlim writes them (docs/session.md). The written
+        file is read again, checked, loaded and run; VerificationError leaves nothing at ``out``.
         """
         stem = self.source.path.stem if self.source.path else "model"
         protected = source_files(self.source.path) if self.source.path else []
-        with AtomicFiles(output_paths(Path(out), stem, self.recipe.quant_type), protected) as files:
+        more = self._weight_files(weights) if weights is not None else {}
+        paths = output_paths(Path(out), stem, self.recipe.quant_type, tuple(more))
+        with AtomicFiles(paths, protected) as files:
             target = files.temporary.model
             write_model(self.quantized, target, external=external_data or self.blockwise)
             proof = RENDERERS[TARGETS[self.context.target].exporter].proof(target, files.folder)
@@ -96,7 +105,13 @@ class Result:
             self._run_written(proof)
             described = describe(self.plan, self.graph, self.quantized.proto, self.context)
             write_description(described, files.temporary)
+            for path in files.temporary.others:
+                more[path.name](path)
             return files.commit()
+
+    def _weight_files(self, how: WeightFiles) -> dict[str, Write]:
+        modules = module_names(self.graph, find_linears(self.graph)[0], self.recipe.names)
+        return files_of(layer_tensors(self.graph, self.plan, modules, self.recipe.quant_type), how)
 
     def _run_written(self, path: Path) -> None:
         feed, expected = self._first

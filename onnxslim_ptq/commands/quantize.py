@@ -40,7 +40,7 @@ from onnxslim_ptq.errors import DeviceError, QuantizationError
 __all__ = ["quantize"]
 
 _DOUBTFUL_DB = 12.0
-_TO_COME = ("report", "weights")
+_TO_COME = ("report",)
 _LATER = {"hidden": True, "show_default": False}
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", show_default=False, help="The float ONNX model.")]
@@ -90,7 +90,10 @@ Blockwise = Annotated[
     bool, typer.Option("--blockwise", help="Run the model in blocks, as is done where memory is short.")
 ]
 Report = Annotated[Path | None, typer.Option("--report", **_LATER)]
-Weights = Annotated[bool, typer.Option("--weights", **_LATER)]
+Weights = Annotated[
+    bool,
+    typer.Option("--weights", help="Also safetensors and their description, as msModelSlim writes them."),
+]
 
 
 def quantize(
@@ -142,7 +145,7 @@ def quantize(
         from onnxslim_ptq.commands.samples import data_options
 
         again = data_options(recipe, preprocess, tokenizer)
-        _run(model, out, settings, again, external_data, json, quiet, verbose)
+        _run(model, out, settings, again, external_data, weights, json, quiet, verbose)
 
 
 def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,6 +211,7 @@ def _run(
     settings: dict[str, Any],
     again: str,
     external: bool,
+    tensors: bool,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -215,6 +219,7 @@ def _run(
     from onnxslim_ptq.api import quantize as run
     from onnxslim_ptq.commands.summary import Summary
     from onnxslim_ptq.commands.worst import worst_layers
+    from onnxslim_ptq.export.weight_files import WeightFiles
 
     recipe = settings["recipe"]  # loaded by `_settings`
     _preflight(model, out, settings["device"], recipe.quant_type)
@@ -230,7 +235,8 @@ def _run(
         doubtful = sqnr is not None and sqnr < _DOUBTFUL_DB
         # Comparing layers runs the whole model, for which there is no room block-wise.
         advice = worst_layers(result, out, settings) if doubtful and not result.blockwise else ""
-        paths = result.save(out, external_data=external)  # last: an interruption before leaves nothing at OUT
+        # Last: an interruption before leaves nothing at OUT.
+        paths = result.save(out, external_data=external, weights=WeightFiles() if tensors else None)
     summary = Summary(result, paths, settings, again)
     if doubtful:
         summary.warnings.append(f"output '{summary.worst_output}' reaches only {sqnr:.1f} dB SQNR. {advice}")

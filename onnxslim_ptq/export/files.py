@@ -32,12 +32,13 @@ _FILE_MODE = 0o640  # umask 027; a stricter umask of the user is kept
 
 @dataclass(frozen=True)
 class OutputPaths:
-    """The files of one result; None for a file that the result does not have."""
+    """The files of one result; None for a file that the result does not have, ``others`` beside them."""
 
     model: Path
     data: Path | None
     json: Path
     params: Path | None
+    others: tuple[Path, ...] = ()
 
     def only(self, names: set[str]) -> OutputPaths:
         """The same paths without the optional files that are not among ``names``."""
@@ -51,17 +52,19 @@ class OutputPaths:
             folder / self.data.name if self.data else None,
             folder / self.json.name,
             folder / self.params.name if self.params else None,
+            tuple(folder / other.name for other in self.others),
         )
 
     def in_order(self) -> list[Path]:
         """Every path, a file before those that refer to it."""
-        return [path for path in (self.data, self.params, self.model, self.json) if path is not None]
+        first = [path for path in (self.data, self.params) if path is not None]
+        return [*first, *self.others, self.model, self.json]
 
 
-def output_paths(out: Path, source_stem: str, quant_type: str) -> OutputPaths:
+def output_paths(out: Path, source_stem: str, quant_type: str, others: tuple[str, ...] = ()) -> OutputPaths:
     """Where every file of a result may go: ``out`` itself when it ends in .onnx, else ``<source_stem>_<type>`` in it.
 
-    ``data`` and ``params`` are named too, although a small model needs neither.
+    ``data`` and ``params`` are named too, although a small model needs neither; ``others`` are further file names.
     """
     model = out if out.name.lower().endswith(".onnx") else out / f"{source_stem}_{quant_type.lower()}.onnx"
     stem = model.name[: -len(".onnx")]
@@ -70,6 +73,7 @@ def output_paths(out: Path, source_stem: str, quant_type: str) -> OutputPaths:
         model.with_name(f"{model.name}.data"),
         model.with_name(f"{stem}.json"),
         model.with_name(f"{stem}.params.safetensors"),
+        tuple(model.with_name(name) for name in others),
     )
 
 
@@ -197,7 +201,8 @@ def create(path: Path) -> Iterator[BufferedWriter]:
 
 def _flush(path: Path) -> None:
     """Give the file its mode and put it on the disk."""
-    with path.open("rb+") as file:
+    read_only = not path.stat().st_mode & 0o200
+    with path.open("rb" if read_only else "rb+") as file:
         path.chmod(os.fstat(file.fileno()).st_mode & _FILE_MODE)
         os.fsync(file.fileno())
 

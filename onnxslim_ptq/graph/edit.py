@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from calib.types import Array
 from onnxslim_ptq.graph.graph import Graph
 
-__all__ = ["bypass", "is_captured", "is_standard", "own_constant", "per_channel_values"]
+__all__ = ["bypass", "following_bias", "is_captured", "is_standard", "own_constant", "per_channel_values"]
 
 
 def is_standard(node: gs.Node) -> bool:
@@ -38,6 +38,19 @@ def bypass(graph: Graph, first: gs.Node, last: gs.Node) -> None:
     result = last.outputs[0]
     graph.remove(last)
     first.outputs[0] = result
+
+
+def following_bias(graph: Graph, node: gs.Node, channels: int) -> tuple[gs.Node, int, Array] | None:
+    """The Add that alone reads the output of ``node``, and the port and values of the constant per channel it adds."""
+    output = node.outputs[0]
+    add = graph.sole_consumer(output)
+    if add is None or add.op != "Add":
+        return None
+    port = 1 if add.inputs[0] is output else 0
+    old = graph.value(add.inputs[port])
+    if old is None or old.shape != (channels,) or per_channel_values(old, channels, 1, 0) is None:
+        return None
+    return add, port, old
 
 
 def per_channel_values(

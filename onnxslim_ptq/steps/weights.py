@@ -6,15 +6,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
-import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from calib.stats import MeanStats
-from calib.types import Array, Probe
+from calib.types import Probe
 from onnxslim_ptq.core.dtypes import INT8
 from onnxslim_ptq.core.qmath import dequantize, grain_range, params_from_range, quantize, quantize_bias
 from onnxslim_ptq.core.spec import BiasCodes, QParams, QuantPlan, QuantSpec, Slot, Use, WeightCodes
-from onnxslim_ptq.graph.edit import own_constant, per_channel_values
+from onnxslim_ptq.graph.edit import following_bias, own_constant
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.linears import Linear
 
@@ -104,7 +103,7 @@ def correct_biases(
 def correctable(graph: Graph, layer: Linear) -> bool:
     """Whether the mean error of the layer's weight can be taken out (see `correct_biases`)."""
     if layer.op == "MatMul":
-        return _following_bias(graph, layer, layer.channels) is not None
+        return following_bias(graph, graph.node(layer.node), layer.channels) is not None
     return layer.op == "Conv" or (layer.op == "Gemm" and not graph.node(layer.node).attrs.get("transA", 0))
 
 
@@ -135,26 +134,13 @@ def _add_to_bias(graph: Graph, plan: QuantPlan, layer: Linear, shift: Floats) ->
 
 
 def _add_to_following(graph: Graph, plan: QuantPlan, layer: Linear, shift: Floats) -> int:
-    found = _following_bias(graph, layer, shift.size)
+    found = following_bias(graph, graph.node(layer.node), shift.size)
     if found is None:
         return 0
     add, port, old = found
     plan.uncorrected.setdefault(layer.node, (add.name, port, old))
     own_constant(graph, add, port, np.asarray(old.astype(np.float64) + shift, old.dtype))
     return 1
-
-
-def _following_bias(graph: Graph, layer: Linear, channels: int) -> tuple[gs.Node, int, Array] | None:
-    """The Add that alone reads the layer's output, and the port and values of the constant per channel it adds."""
-    output = graph.node(layer.node).outputs[0]
-    add = graph.sole_consumer(output)
-    if add is None or add.op != "Add":
-        return None
-    port = 1 if add.inputs[0] is output else 0
-    old = graph.value(add.inputs[port])
-    if old is None or old.shape != (channels,) or per_channel_values(old, channels, 1, 0) is None:
-        return None
-    return add, port, old
 
 
 def add_bias_codes(graph: Graph, plan: QuantPlan, layers: dict[str, Linear]) -> None:

@@ -182,7 +182,14 @@ def test_errors_are_one_line_and_leave_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("option", [["--report", "r.html"], ["--weights"]])
+def test_weights_beside_the_model(tmp_path: Path) -> None:
+    assert main([MODEL, str(tmp_path / "m.onnx"), "--calib", CALIB, "--weights", "-q"]) == 0
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "m.onnx", "m.json", "quant_model_weight_w8a8.safetensors", "quant_model_description_w8a8.json"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("option", [["--report", "r.html"]])
 def test_options_to_come_say_so(option: list[str], tmp_path: Path, capsys: Captured) -> None:
     assert main([MODEL, str(tmp_path / "m.onnx"), "--calib", CALIB, *option]) == 2
     assert f"{option[0]} is not available yet" in capsys.readouterr().err
