@@ -12,7 +12,7 @@ import onnx
 import pytest
 
 from tools.bench.compare import Bench
-from tools.bench.error import Noise
+from tools.bench.error import Noise, Paired
 from tools.bench.goals import GOALS, judge
 from tools.bench.records import OURS, PEER, Row, Table, read_results, write_results
 from tools.bench.settings import MODELS, PEERS, peers_of
@@ -170,6 +170,35 @@ def test_noise_is_pooled_and_the_worst_float_output_counts() -> None:
         noise.add([ones, ones, whole], [ones[:, :2], ones, whole])
     with pytest.raises(ValueError, match="'b' has NaN"):
         noise.add([ones, ones, whole], [ones, ones * np.nan, whole])
+
+
+def test_paired_losses() -> None:
+    paired, draw = Paired(), np.random.default_rng(0)
+    assert paired.metrics() == {}
+    growths = draw.normal(0.1, 1, 50)
+    for part in np.split(growths, 5):
+        paired.add(part)
+    found = paired.metrics()
+    assert found["loss_growth"] == pytest.approx(growths.mean())
+    assert found["loss_growth_error"] == pytest.approx(np.sqrt(growths.var(ddof=1) / 50))
+
+
+def test_the_quality_table_compares_with_the_default() -> None:
+    grown = {"accuracy": 0.9, "loss_growth": 0.02, "loss_growth_error": 0.004}
+    rows = [replace(GOOD, setting="w8a8"), replace(GOOD, setting="w8a16", latency=0.4, metrics=grown)]
+    text = section("quality", {"cls": table(*rows)})
+    assert "| `w8a16` | 30.0 | 0.9000 | 1.0202 | 0.0200 ± 0.0040 | 0.30 | 0.40 | 0.50 | 200 | 2.5 |" in text
+    assert "| `w8a8` | 30.0 | 0.9700 | – | – | 0.30 | 0.80 | 1.00 |" in text
+
+
+def test_the_outliers_table_judges_each_recipe() -> None:
+    figures = {"plain": (32.0, 12.0), "m4": (31.0, 30.6), "m6": (31.0, 29.9), "smoothquant": (17.9, 17.8)}
+    rows = [Row(OURS, n, metrics={"untouched": a, "outliers": b}) for n, (a, b) in figures.items()]
+    text = section("outliers", {"cls": table(*rows)})
+    assert "| `plain` | 32.0 | 12.0 | 20.0 | – | – |" in text
+    assert "| `m4` | 31.0 | 30.6 | 0.4 | 18.6 | ok |" in text
+    assert "| `m6` | 31.0 | 29.9 | 1.1 | 17.9 | **missed** |" in text
+    assert "| `smoothquant` | 17.9 | 17.8 | 0.1 | 5.8 | **missed** |" in text
 
 
 def test_sessions_take_turns() -> None:

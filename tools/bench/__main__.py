@@ -1,4 +1,4 @@
-"""`python -m tools.bench [main | ranges | quality | blockwise | calib | sensitivity | render]`: docs/benchmarks.md."""
+"""`python -m tools.bench [main | ranges | quality | outliers | blockwise | calib | sensitivity | render] …`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 from tools.zoo import names
 
 from . import blockwise, calib, sensitivity
-from .compare import Bench, compare, quality, recipes
+from .compare import Bench, compare, outliers, quality, recipes
 from .machine import ROOT, stamp
 from .records import Results, Table, read_results, write_results
-from .settings import MODELS, QUALITY, RANGE_MODELS, RECIPES
+from .settings import MODELS, OUTLIER_MODELS, QUALITY, RANGE_MODELS, RECIPES
 from .spawn import JobError, Limits, default_memory_mb
 from .tables import SECTIONS, refresh, section
 
@@ -31,9 +31,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
     results = read_results(options.json)
     failed = False
+    chosen = SECTIONS if options.what == "render" else (options.what, *options.then)
     if options.what != "render":
-        failed = not _measure(options, results)
-    chosen = SECTIONS if options.what == "render" else (options.what,)
+        complete = [_measure(options, results, what) for what in chosen]
+        failed = not all(complete)
     for name in chosen:
         if results.get(name):
             text = section(name, results[name])
@@ -49,7 +50,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         nargs="?",
         default="main",
         choices=[*SECTIONS, "render"],
-        help="main: against quantize_static; ranges, quality: our recipes; render: only write --json again as text",
+        help="main: against quantize_static; ranges, quality: our recipes (quality without --models: outliers too); "
+        "outliers: models with outlier channels; render: only write --json again as text",
     )
     parser.add_argument("--models", help=f"comma-separated zoo names (default: {','.join(MODELS)})")
     parser.add_argument("--recipes", help="ranges, quality: comma-separated recipes")
@@ -64,44 +66,48 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--timeout", type=float, default=1800, help="seconds that one run may take")
     options = parser.parse_args(arguments)
-    default = RANGE_MODELS if options.what == "ranges" else MODELS
+    options.then = ("outliers",) if options.what == "quality" and not options.models else ()
+    known_models = OUTLIER_MODELS if options.what == "outliers" else tuple(names())
+    default = {"ranges": RANGE_MODELS, "outliers": OUTLIER_MODELS}.get(options.what, MODELS)
     options.models = options.models.split(",") if options.models else list(default)
-    unknown = [name for name in options.models if name not in names()]
+    unknown = [name for name in options.models if name not in known_models]
     if unknown:
-        parser.error(f"--models: no zoo case {unknown[0]!r}; known: {', '.join(names())}")
+        parser.error(f"--models: no zoo case {unknown[0]!r}; known: {', '.join(known_models)}")
     if options.what == "render" and not options.json:
         parser.error("render needs --json, the results of an earlier run")
-    known = {"ranges": RECIPES, "quality": QUALITY}.get(options.what, ())
-    options.recipes = options.recipes.split(",") if options.recipes else list(known)
+    options.recipes = options.recipes.split(",") if options.recipes else None
     shown = sys.argv[1:] if arguments is None else arguments
     options.command = shlex.join(["python", "-m", "tools.bench", *shown])
     return options
 
 
-def _measure(options: argparse.Namespace, results: Results) -> bool:
+def _measure(options: argparse.Namespace, results: Results, what: str) -> bool:
     """Fill in the section model by model; False when a float model could not be run."""
     marks, complete = stamp(options.command), True
     memory = options.memory * 1024 if options.memory else default_memory_mb()
-    tables = results.setdefault(options.what, {})
-    for model in options.models:
+    tables = results.setdefault(what, {})
+    for model in options.models if what == options.what else OUTLIER_MODELS:
         try:
-            tables[model] = _one(options, model, Limits(memory, options.timeout), marks)
+            tables[model] = _one(options, what, model, Limits(memory, options.timeout), marks)
         except JobError as error:
             complete = False
             print(f"{model}: {error}", file=sys.stderr)
             continue
-        results[options.what] = tables = {name: tables[name] for name in names() if name in tables}
+        order = dict.fromkeys([*names(), *OUTLIER_MODELS])
+        results[what] = tables = {name: tables[name] for name in order if name in tables}
         write_results(options.json, results)
     return complete
 
 
-def _one(options: argparse.Namespace, model: str, limits: Limits, marks: dict[str, str]) -> Table:
+def _one(options: argparse.Namespace, what: str, model: str, limits: Limits, marks: dict[str, str]) -> Table:
+    if what == "outliers":
+        return outliers(model, limits, marks)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         bench = Bench(model, Path(folder), limits, marks, options.rounds)
-        if options.what == "ranges":
-            return recipes(bench, options.recipes)
-        if options.what == "quality":
-            return quality(bench, options.recipes)
+        if what == "ranges":
+            return recipes(bench, options.recipes or RECIPES)
+        if what == "quality":
+            return quality(bench, options.recipes or QUALITY.get(model, QUALITY["rec"]))
         return compare(bench, options.ours_only)
 
 

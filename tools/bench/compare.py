@@ -139,3 +139,14 @@ def quality(bench: Bench, names: Sequence[str]) -> Table:
         bench.ours(name, name, min_sqnr=0)
     bench.latencies()
     return bench.table
+
+
+def outliers(model: str, limits: Limits, stamp: dict[str, str]) -> Table:
+    """Recipes on a model as it is and with outlier channels; `metrics` of a row hold both SQNR."""
+    print(f"[{model}] outliers", file=sys.stderr, flush=True)
+    found = run_job({"do": "outliers", "model": model}, limits)["sqnr"]
+    rows = [
+        Row(OURS, name, metrics={"untouched": untouched, "outliers": altered})
+        for name, (untouched, altered) in found.items()
+    ]
+    return Table(model, 0.0, 0.0, 0.0, {}, stamp, rows=rows)

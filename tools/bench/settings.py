@@ -16,16 +16,13 @@ RECIPES = (
     "w8a8-mixed",
     "w8a8-output-mse",
 )
-QUALITY = (
-    "w8a8",
-    "w8a8-transformer",
-    "w8a8-best",
-    "w8a8-dynamic",
-    "w8a16",
-    "w4a16-g128",
-    "w4a16-g64",
-    "w4a16-g32",
-)
+# The default comes first: latencies are compared with it. Weight-only and per-token forms are for transformers.
+QUALITY: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("rec", "cls", "det", "effnet"), ("w8a8", "w8a8-best")),
+    "minilm": ("w8a8", "w8a8-transformer", "w8a8-best", "w8a8-dynamic", "w8a16", "w4a16-g64"),
+    "smollm2": ("w8a8", "w8a8-transformer", "w8a16", "w4a16-g64", "w4a16-g64-symmetric"),
+}
+OUTLIER_MODELS = ("llama-block", "minilm")
 LINEAR_OPS = ("Conv", "MatMul", "Gemm")
 HEAVY = ("smollm2",)  # 652 MB: one setting of the other tool is enough to wait for
 

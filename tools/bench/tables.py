@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -13,7 +14,8 @@ TITLE = """# Benchmarks
 Written by `python -m tools.bench`; do not edit by hand.
 The cost of calibration sweeps has a page of its own: [benchmarks-calib.md](benchmarks-calib.md).
 """
-SECTIONS = ("main", "ranges", "quality", "blockwise")
+OUTLIER_BOUNDS = {"smoothquant": 0.5, "m4": 0.5, "m6": 1.0, "transformer": 0.5}
+SECTIONS = ("main", "ranges", "quality", "outliers", "blockwise")
 
 _MAIN = """## Against `onnxruntime.quantization.quantize_static`
 
@@ -39,10 +41,22 @@ What each way of finding activation ranges does to the same models; all else is 
 metrics and time as in the comparison with `quantize_static`.
 """
 
-_QUALITY = """## Smoothing, rounding and other forms
+_QUALITY = """## Quality
 
-Recipes beside the default, `w8a8`, from the same 64 calibration samples, with every recipe's result written whatever
-its SQNR (`--min-sqnr 0`). `seconds`: from the file as shipped to the written result; `latency` as above.
+Smoothing, rounding and other forms: recipes beside the default, `w8a8`, from the same 64 calibration samples, with
+every recipe's result written whatever its SQNR (`--min-sqnr 0`).
+
+- `latency`: over the float model's, as above; `× w8a8`: over the default's.
+- `× float`: the perplexity over the float model's. `Δnll`: what the mean negative log-likelihood of a token grew by, ±
+  its standard error over the pairs of tokens, s / √n.
+- `seconds`: from the file as shipped to the written result.
+"""
+_OUTLIERS = """## Models with outlier channels
+
+1 % of the channels at each norm (at least one) are multiplied by 100 and the weights that read them divided by 100: the
+same float function. SQNR in dB of the worst output on evaluation samples. `plain` is `w8a8` without smoothing;
+`llama-block` one random decoder block (opset 17, grouped queries, rotary embedding). A recipe keeps its goal when
+outliers cost it at most 0.5 dB (`m6`: 1 dB) and it stays at least 6 dB above `plain`.
 """
 
 
@@ -68,6 +82,7 @@ def section(name: str, tables: Mapping[str, Table]) -> str:
         "main": (main_table, _MAIN),
         "ranges": (ranges_table, _RANGES),
         "quality": (quality_table, _QUALITY),
+        "outliers": (outliers_table, _OUTLIERS),
     }[name]
     parts = [intro, *stamps(tables.values())]
     parts += [f"### {table.model}\n\n{one(table)}" for table in tables.values()]
@@ -145,23 +160,56 @@ def ranges_table(table: Table) -> str:
 
 
 def quality_table(table: Table) -> str:
-    """Recipes by SQNR, task metrics, size, latency and time."""
+    """Recipes by SQNR, task metrics, growth of the loss, size, latency and time."""
     metrics = list(table.metrics)
+    losses = any("loss_growth" in row.metrics for row in table.rows)
     titles = [f"{title(m)} (float {table.metrics[m]:.4f})" for m in metrics]
-    headings = ["recipe", "SQNR dB", *titles, "size", "latency", "peak MB", "seconds"]
+    headings = ["recipe", "SQNR dB", *titles, *(("× float", "Δnll") if losses else ())]
+    headings += ["size", "latency", "× w8a8", "peak MB", "seconds"]
+    first = next((row.latency for row in table.rows if row.setting == "w8a8"), None)
     rows = [
         [
             f"`{row.setting}`" + (f" **failed:** {row.error}" if row.error else ""),
             number(row.sqnr, 1),
             *(number(row.metrics.get(metric), 4) for metric in metrics),
+            *(_growth(row) if losses else ()),
             number(row.size_ratio, 2),
             number(row.latency, 2),
+            number(row.latency / first if row.latency and first else None, 2),
             number(row.peak_mb, 0),
             number(row.quantize_s, 1),
         ]
         for row in table.rows
     ]
     return markdown(headings, rows)
+
+
+def _growth(row: Row) -> tuple[str, str]:
+    """exp(Δnll), and Δnll with its standard error."""
+    if "loss_growth" not in row.metrics:
+        return "–", "–"
+    growth, error = row.metrics["loss_growth"], row.metrics["loss_growth_error"]
+    return f"{math.exp(growth):.4f}", f"{growth:.4f} ± {error:.4f}"
+
+
+def outliers_table(table: Table) -> str:
+    """Recipes by their SQNR with and without outliers, and what is asked of them."""
+    plain = next((row.metrics["outliers"] for row in table.rows if row.setting == "plain"), None)
+    rows = []
+    for row in table.rows:
+        untouched, altered = row.metrics["untouched"], row.metrics["outliers"]
+        above = None if plain is None or row.setting == "plain" else altered - plain
+        bound = OUTLIER_BOUNDS.get(row.setting)
+        kept = bound is not None and untouched - altered <= bound and above is not None and above >= 6
+        word = "–" if bound is None else "ok" if kept else "**missed**"
+        rows.append(
+            [
+                f"`{row.setting}`",
+                *(number(v, 1) for v in (untouched, altered, untouched - altered, above)),
+                word,
+            ]
+        )
+    return markdown(["recipe", "untouched", "with outliers", "lost", "above plain", "goal"], rows)
 
 
 def goals_table(verdicts: Sequence[Verdict]) -> str:

@@ -37,6 +37,8 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     }
     arguments = dict(job)
     try:
+        if arguments["do"] == "outliers":
+            return _outliers(arguments["model"])
         return jobs[arguments.pop("do")](load(arguments.pop("model")), **arguments)
     except MemoryError:
         return {"error": "out of memory"}
@@ -133,6 +135,16 @@ def measure(case: Case, file: str) -> dict[str, Any]:
 
     metrics = case.score(outputs())
     return {"metrics": metrics | paired.metrics(), "sqnr": noise.worst()}
+
+
+def _outliers(model: str) -> dict[str, Any]:
+    """Recipe -> SQNR on the untouched model and on the one with outlier channels."""
+    from .outliers import compare_recipes, llama_block, llama_feeds
+
+    if model == "llama-block":
+        return {"sqnr": compare_recipes(llama_block(), llama_feeds(32), llama_feeds(8, seed=9))}
+    case = load(model)
+    return {"sqnr": compare_recipes(case.model, list(case.calibration), list(case.evaluation))}
 
 
 def latency(case: Case, files: Sequence[str], rounds: int) -> dict[str, Any]:
