@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from calib.stats import GramStats
 from calib.stats.gram import gram_bytes
+from calib.sweep.lanes import in_lanes
 from calib.types import Probe
 from onnxslim_ptq.core.choice import LayerChoice
 from onnxslim_ptq.core.rounding import Floats, Rounder, Task
@@ -23,7 +24,8 @@ from onnxslim_ptq.workspace import Workspace
 
 __all__ = ["round_weights", "shrunk"]
 
-_BUDGET = 256 * 2**20  # bytes of statistics gathered in one sweep
+_BUDGET = 512 * 2**20  # bytes of statistics gathered in one sweep
+_LANES = 2  # weights rounded at once; each takes several times its own size while it is
 _SHRINK = 0.3
 _ROW_GRAMS = 1 << 22  # elements of the Gram matrices that rows of a task may have of their own
 
@@ -63,12 +65,18 @@ def round_weights(
     for chunk in _chunks(jobs):
         probes = list(dict.fromkeys(probe for job in chunk for probe in job.probes))
         stats = workspace.collect(probes) if probes else {}
+        ready = []
         for job in chunk:
             seen = [s for p in job.probes if isinstance(s := stats[p], GramStats) and s.rows]
             if job.rounder.needs_gram and not seen:
                 refused["its input had no finite value"].append(job.readers[0].node)
-                continue
-            outcomes = _round(workspace, plan, job, seen)
+            else:
+                ready.append((job, seen))
+        # Side by side: much of a rounder is numpy calls too small for a BLAS with threads of its own.
+        for (job, _), (outcomes, codes) in zip(
+            ready, in_lanes(ready, lambda pair: _round(workspace, plan, *pair), _LANES), strict=True
+        ):
+            plan.weight_codes[job.key] = codes
             gains[job.rounder.name].append(_total(outcomes))
         workspace.forget(probes)
     plan.notes += [_summary(name, found) for name, found in gains.items()]
@@ -126,7 +134,9 @@ def _chunks(jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
         yield chunk
 
 
-def _round(workspace: Workspace, plan: QuantPlan, job: _Job, seen: Sequence[GramStats]) -> list[Outcome]:
+def _round(
+    workspace: Workspace, plan: QuantPlan, job: _Job, seen: Sequence[GramStats]
+) -> tuple[list[Outcome], WeightCodes]:
     graph, layer = workspace.graph, job.readers[0]
     spec = next(slot.spec for slot in plan.weights.values() if slot.params == job.key)
     weight = float_weight(graph, layer)
@@ -141,10 +151,8 @@ def _round(workspace: Workspace, plan: QuantPlan, job: _Job, seen: Sequence[Gram
     codes = job.matrices.join(np.concatenate([o.rounded.codes for o in outcomes]))
     params = job.matrices.joined([o.rounded.params for o in outcomes], start)
     total = _total(outcomes)
-    plan.weight_codes[job.key] = WeightCodes(
-        codes, params, job.rounder.name, layer.weight_name, error=(_share(total, False), _share(total, True))
-    )
-    return outcomes
+    error = (_share(total, False), _share(total, True))
+    return outcomes, WeightCodes(codes, params, job.rounder.name, layer.weight_name, error=error)
 
 
 def shrunk(grams: Floats, rows: int) -> Floats:
