@@ -24,6 +24,8 @@ SMOOTHED = {
     "w8a8-m3": "awq",
     "w8a8-m4": "iter_smooth",
     "w8a8-m6": "flex_smooth",
+    "w8a8-osl": "outlier_suppression_lite",
+    "w8a8-osp": "outlier_suppression_plus",
 }
 READY = recipe_names()
 

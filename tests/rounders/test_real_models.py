@@ -22,7 +22,7 @@ from onnxslim_ptq.core.spec import Grain, PerChannel, PerGroup, QuantSpec
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.linears import find_linears
 from onnxslim_ptq.graph.matrix import Matrices, matrices_of
-from onnxslim_ptq.rounders import AdaRound, Clip, Gptq, SQuant, Ssz, never_worse
+from onnxslim_ptq.rounders import ROUNDERS, AdaRound, Clip, Gptq, SQuant, Ssz, never_worse
 from tools import zoo
 
 pytestmark = pytest.mark.network
@@ -67,6 +67,25 @@ def layers(name: str, samples: int, pattern: str) -> Iterator[tuple[Matrices, np
         stat = stats[view.probe]
         assert isinstance(stat, GramStats)
         yield view, view.split(np.asarray(weight, np.float32))[0], stat
+
+
+def test_every_rounder() -> None:
+    """Pointwise convolutions of a text line classifier: no layer gets worse, and those that see data gain."""
+    gains: dict[str, list[float]] = {name: [] for name in ROUNDERS}
+    spec = QuantSpec(INT8, PerChannel(0), True)
+    for matrices, weight, stats in layers("cls", 8, ""):
+        if matrices.groups > 1 or matrices.window > 1:
+            continue
+        start = params_from_range(grain_range(weight, spec.grain), spec)
+        for name, rounder in ROUNDERS.items():
+            outcome = never_worse(rounder(), Task(weight, start, (-127, 127), stats.gram))
+            assert outcome.after <= outcome.before
+            if outcome.after > 0:
+                gains[name].append(10 * np.log10(outcome.before / outcome.after))
+    assert len(gains["rtn"]) > 20
+    assert max(gains["rtn"]) == 0
+    for name in ("gptq", "adaround", "admm"):
+        assert np.mean(gains[name]) > 1, name
 
 
 @pytest.mark.slow
