@@ -1,0 +1,1 @@
+"""Other tools' interfaces, translated to recipes."""
