@@ -33,6 +33,7 @@ from onnxslim_ptq.recipes.forms import (
     RangeConfig,
     RounderConfig,
     WeightConfig,
+    has_kernel,
     one_of,
 )
 from onnxslim_ptq.steps import STEPS
@@ -123,7 +124,7 @@ class Recipe(Config):
         weight_only = any(s.act is None for _, s in quantize)  # another step may take the activation away
         for index, step in quantize:
             act = step.act if "act" in step.model_fields_set or not weight_only else None
-            if act is not None and not step.weight.fits_integer_kernels:
+            if not has_kernel(step.weight, act, self.target):
                 raise problem(NO_KERNEL, f"steps[{index}].weight")
         return self
 

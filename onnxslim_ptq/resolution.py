@@ -13,6 +13,7 @@ from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.linears import find_linears
 from onnxslim_ptq.graph.names import module_names
 from onnxslim_ptq.recipe import NO_KERNEL, ActConfig, QuantizeStep, Recipe, RounderConfig, WeightConfig
+from onnxslim_ptq.recipes.forms import has_kernel
 from onnxslim_ptq.steps.kv_cache import KvCacheStep
 
 __all__ = ["LayerConfig", "Resolution", "named_layers", "original_name", "resolve"]
@@ -102,7 +103,7 @@ def _merged(recipe: Recipe, steps: tuple[int, ...]) -> LayerConfig:
     for index in steps:
         given = _override(given, recipe.steps[index].model_dump(exclude_unset=True))
     step = QuantizeStep.model_validate(given)
-    if step.act is not None and not step.weight.fits_integer_kernels:
+    if not has_kernel(step.weight, step.act, recipe.target):
         raise RecipeError(f"recipe: steps[{steps[-1]}].weight: {NO_KERNEL}")
     return LayerConfig(step.weight, step.act, step.rounder, step.bias_correction, steps[-1])
 

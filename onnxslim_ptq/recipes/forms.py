@@ -22,6 +22,7 @@ __all__ = [
     "RangeConfig",
     "RounderConfig",
     "WeightConfig",
+    "has_kernel",
     "one_of",
 ]
 
@@ -30,7 +31,10 @@ STEP_RANGES = ("auto", "output_mse")
 RANGE_TYPES = (*STEP_RANGES, *RANGES)
 
 
-NO_KERNEL = "integer kernels take symmetric int8 weights without groups; use act: null for such weights"
+NO_KERNEL = (
+    "integer kernels take symmetric int8 weights without groups; use act: null for such weights, or per-token "
+    "activations on target generic"
+)
 
 
 def one_of(names: Iterable[str]) -> Callable[[str], str]:
@@ -105,6 +109,11 @@ class WeightConfig(Config):
         if self.full_range and not (self.symmetric and self.dtype.startswith("int")):
             raise problem("full_range is of symmetric weights of a signed type", "full_range")
         return self
+
+
+def has_kernel(weight: WeightConfig, act: ActConfig | None, target: str) -> bool:
+    """Whether such weights go with such activations: off the cpu, per-token ones take every weight (A8W4)."""
+    return act is None or weight.fits_integer_kernels or (act.when == "dynamic" and target != "cpu")
 
 
 class RangeConfig(Config):

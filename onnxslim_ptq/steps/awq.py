@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from calib.stats import ChannelStats, GramStats
 from calib.types import Probe, Stats
-from onnxslim_ptq.core.config import problem
+from onnxslim_ptq.core.config import number, problem
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.smooth_groups import SmoothGroup
 from onnxslim_ptq.steps import smoothing
@@ -29,15 +29,22 @@ _LEAST = 1e-4
 
 
 class Awq(GroupsConfig):
-    """``grid``: how many exponents are tried. ``loss``: where their error is taken; ``block`` is Golden Stick's AWQ.
+    """``grid``: how many exponents are tried, 0/grid, 1/grid, …, unless ``exponents`` names them.
 
-    ``duo``: weights count in the scale as well (`duo_scale`); with ``loss: block`` only.
+    ``loss``: where their error is taken; ``block`` is Golden Stick's AWQ. ``duo``: weights count in the scale as well
+    (`duo_scale`); with ``loss: block`` only.
     """
 
     type: Literal["awq"]
     grid: Annotated[int, Field(ge=1, le=100, strict=True)] = 20
+    exponents: tuple[Annotated[float, number(0, 1)], ...] | None = Field(default=None, min_length=1)
     loss: Literal["layer", "block"] = "layer"
     duo: bool = False
+
+    @property
+    def tried(self) -> tuple[float, ...]:
+        """The exponents."""
+        return self.exponents or tuple(i / self.grid for i in range(self.grid))
 
     @model_validator(mode="after")
     def _together(self) -> Awq:
@@ -69,7 +76,7 @@ def _gram_probe(group: SmoothGroup) -> Probe:
 
 
 def found_by(graph: Graph, group: SmoothGroup, stats: Mapping[Probe, Stats], config: Awq) -> Found | None:
-    """The scale of `awq_scale` with the exponent r in {0/grid, 1/grid, …} of the smallest `weight_loss`.
+    """The scale of `awq_scale` with the exponent r of the smallest `weight_loss`.
 
     a_j = mean |x_j| over all rows [channels]; channels that share a scale take the mean. Source: Lin et al., AWQ, 2023,
     section 3.2; msModelSlim, m3 (int8, loss on the layer's output).
@@ -85,7 +92,7 @@ def found_by(graph: Graph, group: SmoothGroup, stats: Mapping[Probe, Stats], con
     def loss(scale: Floats) -> float:
         return sum(weight_loss(w, mean, smoothing.expand(group, scale)) for w in weights)
 
-    return Found(min((awq_scale(size, i / config.grid) for i in range(config.grid)), key=loss))
+    return Found(min((awq_scale(size, exponent) for exponent in config.tried), key=loss))
 
 
 def by_block(graph: Graph, config: Awq, group: SmoothGroup, seen: ChannelStats, loss: BlockLoss) -> Floats:
@@ -100,8 +107,7 @@ def by_block(graph: Graph, config: Awq, group: SmoothGroup, seen: ChannelStats, 
     def scale(exponent: float) -> Floats:
         return awq_scale(size, exponent) if weight is None else duo_scale(size, weight, exponent)
 
-    grid = [i / config.grid for i in range(config.grid)]
-    return min((scale(r) for r in grid), key=lambda s: loss.of(smoothing.expand(group, s)))
+    return min((scale(r) for r in config.tried), key=lambda s: loss.of(smoothing.expand(group, s)))
 
 
 def duo_scale(size: Floats, weight: Floats, exponent: float) -> Floats:

@@ -35,7 +35,7 @@ def save_checkpoint(network: Network, path: str | Path) -> Path:
             even = values.ndim > 0 and values.shape[-1] % 2 == 0
             arrays[name] = pack_int4(values) if even else values.astype(np.int8)
         else:
-            arrays[name] = np.ascontiguousarray(values)
+            arrays[name] = np.ascontiguousarray(values).reshape(values.shape)  # scalars stay scalars
     out = Path(path)
     data = save(arrays, metadata={_PACKED: json.dumps(packed, sort_keys=True)})
     hidden = output_paths(out.with_name(f"{out.name}.onnx"), "", "")

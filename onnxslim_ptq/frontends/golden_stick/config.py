@@ -100,9 +100,11 @@ def _plain(value: Any) -> Any:
 def _read(name: str, value: Any) -> Any:
     if name in _ENUMS:
         if value not in _ENUMS[name].__members__:
-            raise ValueError(f"{name}: {value!r} is unknown; use one of {', '.join(_ENUMS[name].__members__)}")
+            raise ValueError(
+                f"{name}: {value!r} is unknown; use one of {', '.join(_ENUMS[name].__members__)}"
+            )
         return _ENUMS[name][value]
-    if isinstance(name, str) and name.endswith("_dtype") and value is not None:
+    if str(name).endswith("_dtype") and value is not None:
         if value not in _DTYPES:
             raise ValueError(f"{name}: {value!r} is unknown; use one of {', '.join(_DTYPES)} or null")
         return _DTYPES[value]
@@ -134,7 +136,7 @@ def _of_type(name: str, kind: type) -> Callable[[PTQConfig], None]:
 
 
 def _blacklist(config: PTQConfig) -> None:
-    names = config.opname_blacklist
+    names: object = config.opname_blacklist
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"PTQConfig.opname_blacklist: expected a list of str, got {names!r}")
 
@@ -199,7 +201,9 @@ def _arguments(config: PTQConfig) -> None:
     if not isinstance(given, dict) and not dataclasses.is_dataclass(given):
         raise ValueError(f"PTQConfig.algo_args: expected a dict or a dataclass, got {given!r}")
     if not isinstance(given, dict):
-        config.algo_args = dataclasses.asdict(given)  # TypeError for a class in place of an instance
+        if isinstance(given, type):
+            raise TypeError(f"PTQConfig.algo_args: {given.__name__} is a class; give an instance")
+        config.algo_args = dataclasses.asdict(given)
 
 
 _RULES: tuple[Callable[[PTQConfig], None], ...] = (

@@ -29,8 +29,10 @@ _OPSET = 13
 _SAMPLE = SampleId(0, "a placeholder")
 
 
-def skeleton(source: Model, recipe: Recipe) -> tuple[Model, QuantPlan]:
+def skeleton(source: Model, recipe: Recipe, *, empty: bool = True) -> tuple[Model, QuantPlan]:
     """The graph that ``recipe`` makes of ``source``, and its plan: codes 0, scales 1, zero points 0.
+
+    Without ``empty`` weights keep their codes, which is all there is to a recipe of nothing but rounding to nearest.
 
     Raises ValueError when a size that the graph depends on is not declared, and what `make_plan` raises.
     """
@@ -43,7 +45,8 @@ def skeleton(source: Model, recipe: Recipe) -> tuple[Model, QuantPlan]:
     planned = make_plan(Job(source, recipe, target, [], [], recorded=pretended))
     plan = planned.plan
     plan.skipped = {**planned.skipped, **planned.placement.skipped, **plan.skipped}
-    _empty(plan)
+    if empty:
+        _empty(plan)
     return RENDERERS[target.exporter].render(planned.workspace.model(), plan, target), plan
 
 
@@ -72,7 +75,9 @@ class _Pretended(Statistics):
             )
         if probe.kind == "axes":
             reduced = {int(axis) for _, axis in probe.options}
-            kept = [2 if axis == max(reduced) else 1 if axis in reduced else n for axis, n in enumerate(shape)]
+            kept = [
+                2 if axis == max(reduced) else 1 if axis in reduced else n for axis, n in enumerate(shape)
+            ]
             last = [2 if axis == max(reduced) else 1 for axis in range(len(shape))]
             return np.broadcast_to(pair.reshape(last), kept)
         axis = (-1 if probe.axis is None else probe.axis) % len(shape)

@@ -37,7 +37,7 @@ int4 = DType("int4", 4)  # MindSpore's qint4x2
 
 class _Named(Enum):
     @classmethod
-    def from_str(cls: type[_E], text: str) -> _E:
+    def from_str(cls: type[_E], text: object) -> _E:
         """The member whose value is ``text``, in any case; ValueError listing the values when there is none."""
         found = next((m for m in cls if isinstance(text, str) and m.value == text.lower()), None)
         if found is None:

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from calib.model import Model
-from onnxslim_ptq.analysis.inspect import module_name
 from onnxslim_ptq.core.cache import CachePair
 from onnxslim_ptq.frontends.golden_stick.config import PTQConfig
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.kv_cache import find_cache
 from onnxslim_ptq.graph.linears import find_linears
+from onnxslim_ptq.graph.names import module_names
 from onnxslim_ptq.graph.opset import raise_opset
 from onnxslim_ptq.graph.optimize import optimize
 
@@ -39,7 +39,8 @@ def cells_of(model: Model) -> list[Cell]:
     """Every layer that can be quantized, in graph order."""
     graph = Graph(raise_opset(model, _OPSET))
     optimize(graph)
-    return [Cell(lin.node, module_name(lin.weight_name, lin.node)) for lin in find_linears(graph)[0]]
+    names = module_names(graph, find_linears(graph)[0])
+    return [Cell(node, name) for node, name in names.items()]
 
 
 def caches_of(model: Model) -> list[CachePair]:

@@ -19,6 +19,7 @@ from onnxslim_ptq.export.files import AtomicFiles, output_paths, write_model
 
 __all__ = ["Network"]
 
+_ASCEND_QUANT, _IN_ATTRIBUTES = "AscendQuant", ("scale", "offset")
 _EMBEDDED = 2**31 - 2**20
 
 
@@ -42,7 +43,9 @@ class Network:
         """The quantized graph with its parameters inside; ValueError before convert, GraphError above 2 GB."""
         found = self._converted()
         if found.nbytes > _EMBEDDED:
-            raise GraphError("the quantized model is above 2 GB, more than one protobuf holds; use save(path)")
+            raise GraphError(
+                "the quantized model is above 2 GB, more than one protobuf holds; use save(path)"
+            )
         proto = onnx.ModelProto()
         proto.CopyFrom(found.proto)
         for tensor in proto.graph.initializer:
@@ -51,9 +54,13 @@ class Network:
         return proto
 
     def parameters_dict(self) -> dict[str, Array]:
-        """Every parameter of the quantized graph by name; ValueError before convert."""
+        """Every parameter of the quantized graph by name; ValueError before convert.
+
+        Those that AscendQuant has as attributes are called ``<node>.scale`` and ``<node>.offset``.
+        """
         found = self._converted()
-        return {tensor.name: _value(found, tensor) for tensor in found.proto.graph.initializer}
+        stored = {tensor.name: _value(found, tensor) for tensor in found.proto.graph.initializer}
+        return {**stored, **_attributes(found.proto)}
 
     def load(self, parameters: Mapping[str, Array]) -> None:
         """Fill every parameter; ValueError naming the first that is missing, unknown, or of another form.
@@ -74,6 +81,10 @@ class Network:
                 weights[tensor.name] = values
             else:
                 tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+        for node in proto.graph.node:
+            for attribute in node.attribute if node.op_type == _ASCEND_QUANT else ():
+                if attribute.name in _IN_ATTRIBUTES:
+                    attribute.f = float(parameters[f"{node.name}.{attribute.name}"])
         size = proto.ByteSize() + sum(w.nbytes for w in weights.values())
         self.quantized, self.placeholders = Model(proto, weights, found.path, size), False
 
@@ -98,6 +109,16 @@ class Network:
         if self.quantized is None:
             raise ValueError("the network is not converted yet; call PTQ.convert first")
         return self.quantized
+
+
+def _attributes(proto: onnx.ModelProto) -> dict[str, Array]:
+    return {
+        f"{node.name}.{attribute.name}": np.asarray(attribute.f, np.float32)
+        for node in proto.graph.node
+        if node.op_type == _ASCEND_QUANT
+        for attribute in node.attribute
+        if attribute.name in _IN_ATTRIBUTES
+    }
 
 
 def _value(model: Model, tensor: onnx.TensorProto) -> Array:

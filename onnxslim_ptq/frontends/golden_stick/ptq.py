@@ -33,9 +33,10 @@ from onnxslim_ptq.frontends.golden_stick.network import Network
 from onnxslim_ptq.frontends.golden_stick.translate import recipe_of, tag_of
 from onnxslim_ptq.recipe import Recipe
 
-__all__ = ["PTQ"]
+__all__ = ["PTQ", "Given", "Helper", "opened"]
 
 _DOUBTFUL = 6.0
+Given = str | Path | onnx.ModelProto
 Helper = Callable[[Any], Feed]
 
 
@@ -46,7 +47,9 @@ class PTQ:
     """
 
     def __init__(
-        self, config: PTQConfig | None = None, layer_policies: OrderedDict[str, PTQConfig | None] | None = None
+        self,
+        config: PTQConfig | None = None,
+        layer_policies: OrderedDict[str, PTQConfig | None] | None = None,
     ) -> None:
         config = PTQConfig() if config is None else config
         if not isinstance(config, PTQConfig):
@@ -57,7 +60,7 @@ class PTQ:
 
     def apply(
         self,
-        model: str | Path | onnx.ModelProto,
+        model: Given,
         helper: Helper | None = None,
         datasets: Iterable[Any] | None = None,
     ) -> Network:
@@ -66,17 +69,22 @@ class PTQ:
         ``datasets``: re-iterable feeds, or items that ``helper`` turns into feeds. RuntimeError when two policies match
         one layer, ValueError without datasets; with nothing to quantize the network stays as it is, with a warning.
         """
-        source = _opened(model)
+        source = opened(model)
         if helper is not None and not callable(helper):
             raise TypeError(f"PTQ.apply: helper must turn an item of datasets into a feed, got {helper!r}")
         deploy = self._config.mode is PTQMode.DEPLOY
         if not deploy and datasets is None:
-            raise ValueError("PTQ.apply: QUANTIZE needs datasets; mode=PTQMode.DEPLOY builds the graph without")
+            raise ValueError(
+                "PTQ.apply: QUANTIZE needs datasets; mode=PTQMode.DEPLOY builds the graph without"
+            )
         if datasets is not None and (isinstance(datasets, str) or not isinstance(datasets, Iterable)):
-            raise TypeError(f"PTQ.apply: datasets must be an iterable of feeds, got {type(datasets).__name__}")
-        return self._apply(source, None if deploy else _Feeds(datasets or (), helper))
+            raise TypeError(
+                f"PTQ.apply: datasets must be an iterable of feeds, got {type(datasets).__name__}"
+            )
+        return self._apply(model, source, None if deploy else _Feeds(datasets or (), helper), deploy)
 
-    def _apply(self, source: Model, feeds: _Feeds | None, *, data_free: bool = False) -> Network:
+    def _apply(self, model: Given, source: Model, feeds: _Feeds | None, deploy: bool) -> Network:
+        """Without ``feeds`` nothing is run; unless ``deploy``, weights are rounded all the same."""
         cells = cells_of(source)
         layers = [(c, one) for c, one in assign(cells, self._config, self._policies) if _quantizes(one)]
         caches = caches_of(source) if self._config.kvcache_quant_dtype is int8 else []
@@ -86,30 +94,31 @@ class PTQ:
             warnings.warn("nothing in this network is quantized; it stays as it is", stacklevel=3)
             return Network(source, pending=source)
         make = partial(recipe_of, layers, caches, self._config, all_layers=len(cells))
-        described = make(deploy=feeds is None and not data_free)
+        described = make(deploy=deploy)
         if self._config.backend is BackendTarget.ASCEND and described["target"] != "ascend":
             warnings.warn(
                 "AscendQuant graphs hold static W8A8 with a float cache only; this one is written as plain ONNX",
                 stacklevel=3,
             )
         recipe = Recipe.load(described)
-        if feeds is None and not data_free:
-            pending, plan = skeleton(source, recipe)
+        if feeds is None:
+            pending, plan = skeleton(source, recipe, empty=deploy)
             tags = self._tags(layers, plan)
             return Network(
-                source, tags, pending, placeholders=True, quant_type=Recipe.load(make()).quant_type
+                source, tags, pending, placeholders=deploy, quant_type=Recipe.load(make()).quant_type
             )
-        given: Any = source.proto if source.path is None else source.path
-        result = quantize(given, recipe, feeds, min_sqnr=0.0)
+        result = quantize(model, recipe, feeds, min_sqnr=0.0)
         sqnr = result.metrics["sqnr_db"]
         if sqnr is not None and sqnr < _DOUBTFUL:
-            warnings.warn(f"the worst output is at {sqnr:.1f} dB SQNR against the float network", stacklevel=3)
+            warnings.warn(
+                f"the worst output is at {sqnr:.1f} dB SQNR against the float network", stacklevel=3
+            )
         tags = self._tags(layers, result.plan)
         return Network(source, tags, result.quantized, result=result, quant_type=recipe.quant_type)
 
     def _tags(self, layers: Iterable[tuple[Cell, PTQConfig]], plan: QuantPlan) -> dict[str, str]:
-        quantized = set(plan.quantized_nodes())
-        tags = {c.name: tag_of(config, c) for c, config in layers if c.node in quantized}
+        grains = {use.node: slot.spec.grain for use, slot in plan.weights.items()}
+        tags = {c.name: tag_of(one, c, grains[c.node]) for c, one in layers if c.node in grains}
         caches = {c.pair.past: f"C8-{self._config.kvcache_quant_granularity}" for c in plan.io}
         return {**tags, **caches}
 
@@ -150,7 +159,7 @@ class _Feeds:
             yield item if self._helper is None else self._helper(item)
 
 
-def _opened(model: object) -> Model:
+def opened(model: object) -> Model:
     if not isinstance(model, str | Path | onnx.ModelProto):
         raise TypeError(
             f"PTQ.apply: expected the path of an ONNX model or a ModelProto, got {type(model).__name__}"

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from onnxslim_ptq.core.cache import CachePair
+from onnxslim_ptq.core.spec import Grain, PerTensor
 from onnxslim_ptq.frontends.golden_stick.algorithms import AWQConfig, GPTQQuantConfig
 from onnxslim_ptq.frontends.golden_stick.config import PTQConfig
 from onnxslim_ptq.frontends.golden_stick.dtypes import (
@@ -184,15 +185,19 @@ def _listed(values: Any) -> list[float]:
     return found
 
 
-def tag_of(config: PTQConfig, cell: Cell) -> str:
-    """What is done to a layer, in order, as Golden Stick's summary names it: ``AWQ-wclip-W4-per_group``."""
+def tag_of(config: PTQConfig, cell: Cell, grain: Grain) -> str:
+    """What is done to a layer, in order, as Golden Stick's summary names it: ``AWQ-wclip-W4-per_group``.
+
+    ``grain``: that of the weight in the plan; a target may take one scale for a whole weight only.
+    """
     parts = [_SMOOTHED[config.outliers_suppression]] if config.outliers_suppression in _SMOOTHED else []
     if _clips(config) and not _NOT_CLIPPED.search(cell.name):
         parts.append("wclip")
     if config.precision_recovery is PrecisionRecovery.GPTQ:
         parts.append("GPTQ")
     assert config.weight_quant_dtype is not None, "only layers with quantized weights have a tag"
-    parts.append(f"W{config.weight_quant_dtype.bits}-{config.weight_quant_granularity}")
+    shared = QuantGranularity.PER_TENSOR if isinstance(grain, PerTensor) else config.weight_quant_granularity
+    parts.append(f"W{config.weight_quant_dtype.bits}-{shared}")
     if config.act_quant_dtype is not None:
         parts.append(f"A{config.act_quant_dtype.bits}-{config.act_quant_granularity}")
     return "-".join(parts)
