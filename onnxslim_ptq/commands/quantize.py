@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -35,7 +35,11 @@ from onnxslim_ptq.commands.options import (
     Verbose,
     Workers,
 )
+from onnxslim_ptq.commands.session import asked_files, with_session
 from onnxslim_ptq.errors import DeviceError, QuantizationError
+
+if TYPE_CHECKING:
+    from onnxslim_ptq.export.weight_files import WeightFiles
 
 __all__ = ["quantize"]
 
@@ -136,6 +140,7 @@ def quantize(
     refuse({f"--{name}": given[name] for name in _TO_COME})
     _check_values(device, min_sqnr)
     _check_combinations(given)
+    given = with_session(given)
     settings = _settings(given)
     if dry_run:
         from onnxslim_ptq.commands.dry_run import show_plan
@@ -144,8 +149,8 @@ def quantize(
     else:
         from onnxslim_ptq.commands.samples import data_options
 
-        again = data_options(recipe, preprocess, tokenizer)
-        _run(model, out, settings, again, external_data, weights, json, quiet, verbose)
+        again = data_options(given["recipe"], preprocess, tokenizer)
+        _run(model, out, settings, again, external_data, asked_files(given), json, quiet, verbose)
 
 
 def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,7 +216,7 @@ def _run(
     settings: dict[str, Any],
     again: str,
     external: bool,
-    tensors: bool,
+    files: WeightFiles | None,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -219,7 +224,6 @@ def _run(
     from onnxslim_ptq.api import quantize as run
     from onnxslim_ptq.commands.summary import Summary
     from onnxslim_ptq.commands.worst import worst_layers
-    from onnxslim_ptq.export.weight_files import WeightFiles
 
     recipe = settings["recipe"]  # loaded by `_settings`
     _preflight(model, out, settings["device"], recipe.quant_type)
@@ -236,7 +240,7 @@ def _run(
         # Comparing layers runs the whole model, for which there is no room block-wise.
         advice = worst_layers(result, out, settings) if doubtful and not result.blockwise else ""
         # Last: an interruption before leaves nothing at OUT.
-        paths = result.save(out, external_data=external, weights=WeightFiles() if tensors else None)
+        paths = result.save(out, external_data=external, weights=files)
     summary = Summary(result, paths, settings, again)
     if doubtful:
         summary.warnings.append(f"output '{summary.worst_output}' reaches only {sqnr:.1f} dB SQNR. {advice}")

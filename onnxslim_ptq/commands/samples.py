@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 __all__ = ["data_options", "with_data"]
 
 
-def with_data(recipe: str, preprocess: str | None, tokenizer: Path | None) -> Recipe:
+def with_data(recipe: str | Recipe, preprocess: str | None, tokenizer: Path | None) -> Recipe:
     """The recipe with what the options say in its data section; RecipeError when it is not valid."""
     from onnxslim_ptq.recipe import Recipe
 
@@ -25,11 +25,11 @@ def with_data(recipe: str, preprocess: str | None, tokenizer: Path | None) -> Re
     return loaded
 
 
-def data_options(recipe: str, preprocess: str | None, tokenizer: Path | None) -> str:
+def data_options(recipe: str | Recipe, preprocess: str | None, tokenizer: Path | None) -> str:
     """The options again, as ``compare`` needs them to see the same samples; the recipe when it has a data section."""
     from onnxslim_ptq.recipe import Recipe
 
     given = {"--preprocess": preprocess, "--tokenizer": tokenizer}
-    if Recipe.load(recipe).dump().get("data"):
+    if isinstance(recipe, str) and Recipe.load(recipe).dump().get("data"):
         given["--recipe"] = recipe
     return "".join(f" {name} {shlex.quote(str(value))}" for name, value in given.items() if value is not None)

@@ -1,0 +1,165 @@
+"""A session as a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from calib.model import Model
+from onnxslim_ptq import recipes
+from onnxslim_ptq.errors import RecipeError
+from onnxslim_ptq.export.weight_files import WeightFiles
+from onnxslim_ptq.frontends.session.config import (
+    ACT_METHODS,
+    PROCESSORS,
+    FA3ProcessorConfig,
+    M6ProcessorConfig,
+    SaveProcessorConfig,
+    SessionConfig,
+    W8A8DynamicProcessorConfig,
+    W8A8ProcessorConfig,
+    W8A8TimeStepProcessorConfig,
+)
+from onnxslim_ptq.graph.graph import Graph
+from onnxslim_ptq.graph.linears import find_linears
+from onnxslim_ptq.graph.opset import raise_opset
+from onnxslim_ptq.graph.optimize import optimize
+from onnxslim_ptq.recipe import Recipe
+
+__all__ = ["is_session_file", "read_session", "recipe_of", "require_complete", "weight_files"]
+
+_SMOOTHING = ("m3", "m4", "m6")
+_SCHEMES = ("w8a8", "w8a8_dynamic", "w8a8_timestep")
+_CONVOLUTIONS = ("Conv", "ConvTranspose")
+_PER_CHANNEL_OPSET = 13
+_GIGABYTE = 1024**3
+_KEY = "processor_cfg_map"
+Processor = Mapping[str, BaseModel]
+
+
+def require_complete(session: SessionConfig, has_data: bool) -> None:
+    """RecipeError naming the field when the processors of ``session`` do not make one job."""
+    given = session.processor_cfg_map
+    schemes = [name for name in given if name in _SCHEMES]
+    smoothing = [name for name in given if name in _SMOOTHING]
+    if not schemes:
+        held = f"only {', '.join(given)}" if given else "nothing"
+        raise RecipeError(f"{_KEY}: holds {held}; it needs one of {', '.join(_SCHEMES)}")
+    for names, what in ((schemes, "quantize"), (smoothing, "suppress outliers")):
+        if len(names) > 1:
+            raise RecipeError(f"{_KEY}: {' and '.join(names)} both {what}; keep one")
+    if "fa3" in given and "w8a8_dynamic" not in given:
+        raise RecipeError(f"{_KEY}: fa3 goes with w8a8_dynamic, not with {schemes[0]}")
+    if has_data:
+        return
+    needing = [name for name in (*smoothing, *schemes, "fa3") if name in given and name != "w8a8_dynamic"]
+    if needing:
+        raise RecipeError(
+            f"calib_data: '{needing[0]}' needs calibration samples; give a list of them, "
+            "or use w8a8_dynamic alone, which needs none"
+        )
+
+
+def recipe_of(
+    session: SessionConfig,
+    model: Model,
+    *,
+    target: str = "cpu",
+    names: Mapping[str, str] | None = None,
+    disable_last_linear: bool = True,
+    quantize_conv: bool = False,
+) -> Recipe:
+    """The recipe of ``session`` for ``model``; RecipeError when a processor cannot be served."""
+    given = session.processor_cfg_map
+    scheme = next(given[name] for name in given if name in _SCHEMES)
+    if isinstance(scheme, W8A8TimeStepProcessorConfig):
+        raise RecipeError(f"{_KEY}: w8a8_timestep is not available yet; use w8a8 or w8a8_dynamic")
+    if any(isinstance(config, FA3ProcessorConfig) for config in given.values()):
+        raise RecipeError(f"{_KEY}: fa3 is not available yet; leave it out")
+    assert isinstance(scheme, W8A8ProcessorConfig | W8A8DynamicProcessorConfig)
+    last = [_last_linear(model)] if disable_last_linear else []
+    ops = {node.op_type for node in model.proto.graph.node}
+    convolutions = [] if quantize_conv else [f"op:{op}" for op in _CONVOLUTIONS if op in ops]
+    disabled = list(scheme.disable_names)
+    steps = [_smoothing(name, given[name], disabled) for name in given if name in _SMOOTHING]
+    quantize = {
+        "type": "quantize",
+        "exclude": list(dict.fromkeys([*disabled, *convolutions, *(name for name in last if name)])),
+        "rounder": {"type": "rtn"},
+        "weight": {"dtype": "int8", "per": "channel", "symmetric": True},
+        "act": _activation(scheme),
+        "bias_correction": False,
+    }
+    return Recipe.load({"target": target, "names": dict(names or {}), "steps": [*steps, quantize]})
+
+
+def _activation(scheme: W8A8ProcessorConfig | W8A8DynamicProcessorConfig) -> dict[str, Any]:
+    if isinstance(scheme, W8A8DynamicProcessorConfig):
+        return {"per": "token", "when": "dynamic"}
+    return {"per": "tensor", "when": "static", "range": {"type": ACT_METHODS[scheme.cfg.act_method]}}
+
+
+def _smoothing(name: str, config: BaseModel, disabled: list[str]) -> dict[str, Any]:
+    """m3 scales norms alone; m4 and m6 also the values of attention. A group with a disabled layer stays as it is."""
+    if name == "m3":
+        return {"type": "awq", "groups": ["norm-linear"], "exclude": disabled}
+    groups = ["norm-linear", "ov"]
+    if not isinstance(config, M6ProcessorConfig):
+        return {"type": "iter_smooth", "alpha": 0.9, "groups": groups, "exclude": disabled}
+    alpha, beta = config.cfg.alpha, config.cfg.beta
+    both = {} if alpha is None or beta is None else {"alpha": alpha, "beta": beta}
+    return {"type": "flex_smooth", **both, "groups": groups, "exclude": disabled}
+
+
+def _last_linear(model: Model) -> str:
+    """The last MatMul or Gemm with a weight, by node name, as msModelSlim leaves it float; empty when there is none."""
+    graph = Graph(raise_opset(model, _PER_CHANNEL_OPSET))
+    optimize(graph)
+    linears = [layer.node for layer in find_linears(graph)[0] if layer.op in ("MatMul", "Gemm")]
+    return linears[-1] if linears else ""
+
+
+def weight_files(save: SaveProcessorConfig) -> WeightFiles:
+    """What ``save`` writes beside the graph; RecipeError naming the field."""
+    size = save.part_file_size
+    try:
+        return WeightFiles(
+            tuple(save.save_type),
+            save.safetensors_name,
+            save.json_name,
+            None if size is None else size * _GIGABYTE,
+        )
+    except ValueError as error:
+        raise RecipeError(f"SaveProcessorConfig: {error}") from None
+
+
+def is_session_file(recipe: str) -> bool:
+    """Whether ``recipe`` is a YAML file that holds a session."""
+    if not recipe.endswith((".yaml", ".yml")) or not Path(recipe).is_file():
+        return False
+    document = recipes.parse(*recipes.find(recipe))
+    return isinstance(document, dict) and _KEY in document
+
+
+def read_session(recipe: str) -> SessionConfig:
+    """The session of a YAML file: ``processor_cfg_map``, each processor with its fields; RecipeError naming the key."""
+    document = recipes.parse(*recipes.find(recipe))
+    assert isinstance(document, dict)
+    unknown = next((key for key in document if key not in (_KEY, "device")), None)
+    if unknown is not None:
+        raise RecipeError(f"{recipe}: {unknown}: unknown key; a session file holds {_KEY} and device")
+    table = document[_KEY]
+    if not isinstance(table, dict):
+        raise RecipeError(f"{recipe}: {_KEY}: expected a mapping of processors")
+    made: dict[str, Any] = {}
+    for name, fields in table.items():
+        if name not in PROCESSORS:
+            SessionConfig(processor_cfg_map={name: fields})  # says which names there are
+        if fields is not None and not isinstance(fields, dict):
+            raise RecipeError(f"{recipe}: {_KEY}.{name}: expected a mapping of its fields")
+        made[name] = PROCESSORS[name](**(fields or {}))
+    rest = {"device": document["device"]} if "device" in document else {}
+    return SessionConfig(processor_cfg_map=made, **rest)
