@@ -355,7 +355,8 @@ class TestTables:
         for name, method in RANGES.items():
             options = {f.name: f.default for f in dataclasses.fields(method)}  # type: ignore[arg-type]
             found = dict(re.findall(r"`(\w+)` (\S+)", rows[name]))
-            assert {key: float(value) for key, value in found.items()} == options
+            told = {k: v.strip('"') if isinstance(options[k], str) else float(v) for k, v in found.items()}
+            assert told == options
             for key, low, high in re.findall(r"`(\w+)` \S+ \((\S+) to (\S+)\)", rows[name]):
                 kind = type(options[key])
                 for bound, step in ((kind(float(low)), -1), (kind(float(high)), 1)):

@@ -11,6 +11,7 @@ from calib.ranges.mean_minmax import MeanMinMax
 from calib.ranges.minmax import MinMax
 from calib.ranges.mixed import Mixed
 from calib.ranges.mse import Mse
+from calib.ranges.msmodelslim import MsModelSlim
 from calib.ranges.per_channel import RangeMethod, per_channel
 from calib.ranges.percentile import Percentile
 from calib.ranges.recall_window import RecallWindow
@@ -26,6 +27,7 @@ __all__ = [
     "MeanMinMax",
     "MinMax",
     "Mixed",
+    "MsModelSlim",
     "Mse",
     "Percentile",
     "RangeMethod",
@@ -43,6 +45,7 @@ RANGES: dict[str, type[RangeMethod]] = {
     "minmax": MinMax,
     "mixed": Mixed,
     "mse": Mse,
+    "msmodelslim": MsModelSlim,
     "percentile": Percentile,
     "recall_window": RecallWindow,
     "sigma": Sigma,

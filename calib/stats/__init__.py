@@ -12,6 +12,7 @@ from calib.stats.gram import GramStats
 from calib.stats.histogram import HistogramStats
 from calib.stats.mean import MeanStats
 from calib.stats.minmax import MinMaxStats
+from calib.stats.positive import PositiveStats
 from calib.stats.rows import RowStats
 from calib.stats.series import SeriesStats
 from calib.stats.spread import SpreadStats
@@ -27,6 +28,7 @@ __all__ = [
     "HistogramStats",
     "MeanStats",
     "MinMaxStats",
+    "PositiveStats",
     "RowStats",
     "SeriesStats",
     "SpreadStats",
@@ -48,6 +50,7 @@ COLLECTORS: dict[str, Collector] = {
     "histogram": HistogramStats,
     "mean": MeanStats,
     "minmax": MinMaxStats,
+    "positive": PositiveStats,
     "rows": RowStats,
     "series": SeriesStats,
     "spread": SpreadStats,

@@ -25,6 +25,7 @@ __all__ = ["Verification", "compare_outputs", "verify"]
 
 _UNOPTIMIZED_SAMPLES = 1
 _TOLERANCE_DB = 0.5
+_MANY = 1024
 
 
 @dataclass
@@ -54,7 +55,8 @@ def verify(
 ) -> Verification:
     """Compare on every sample of ``data``; VerificationError when the model does not load or answers NaN or Inf.
 
-    ``twin``: the same plan as QDQ; on the first sample it has to be as close to the float model, within 0.5 dB.
+    ``twin``: the same plan as QDQ; on the first sample it has to be as close to the float model, within 0.5 dB,
+    where an output has 1024 values or more.
 
     ``foreign``: the model is meant for another runtime, so ONNX Runtime must not quantize its float biases by itself.
     With a ``spool`` memory is short: the float model runs block by block, the quantized one with its weights on disk.
@@ -193,6 +195,8 @@ def _add(errors: list[OutputError], exact: Sequence[Any], seen: Sequence[Any], s
 
 def _require_alike(fast: list[OutputError], twin: list[OutputError]) -> None:
     for on, off in _apart(fast, twin):
+        if on.count < _MANY:
+            continue  # of a few values, one code that rounds otherwise moves the SQNR at will
         raise VerificationError(
             f"output '{on.name}': {on.sqnr:.1f} dB in the form of the target, {off.sqnr:.1f} dB as QDQ; "
             "report this as a defect of the quantizer"

@@ -67,7 +67,9 @@ def unfused_layers(workspace: Workspace, plan: QuantPlan) -> set[str]:
     return {node for (node, _), name in stored.items() if name in stuck}
 
 
-def leave_float(plan: QuantPlan, placement: Placement, graph: Graph, name: str) -> None:
+def leave_float(
+    plan: QuantPlan, placement: Placement, graph: Graph, name: str, reason: str = NOT_FUSED
+) -> None:
     """Take one layer out of ``plan``: its weight, bias and input, and its output unless another layer makes that too.
 
     The correction that its bias got for the sake of rounded weights is taken back.
@@ -85,7 +87,7 @@ def leave_float(plan: QuantPlan, placement: Placement, graph: Graph, name: str) 
     if name in plan.uncorrected:
         node, port, values = plan.uncorrected.pop(name)
         own_constant(graph, graph.node(node), port, values)
-    plan.skipped[name] = NOT_FUSED
+    plan.skipped[name] = reason
 
 
 def _dummy_plan(workspace: Workspace, placement: Placement) -> QuantPlan:

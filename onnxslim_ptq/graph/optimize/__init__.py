@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.optimize.affine import fold_affine
@@ -22,11 +22,12 @@ PASSES: dict[str, Callable[[Graph], int]] = {
 }
 
 
-def optimize(graph: Graph) -> dict[str, int]:
-    """Apply every pass until none changes anything; returns how often each one acted."""
-    counts = dict.fromkeys(PASSES, 0)
+def optimize(graph: Graph, names: Collection[str] | None = None) -> dict[str, int]:
+    """Apply the named passes (all that are exact) until none changes anything; returns how often each one acted."""
+    passes = {name: run for name, run in PASSES.items() if names is None or name in names}
+    counts = dict.fromkeys(passes, 0)
     while True:
-        changed = {name: run(graph) for name, run in PASSES.items()}
+        changed = {name: run(graph) for name, run in passes.items()}
         if not any(changed.values()):
             return counts
         for name, count in changed.items():

@@ -1,0 +1,218 @@
+"""What both ONNX interfaces of msModelSlim share: samples as lists, planning for Ascend, roll-back, writing."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from calib.model import Model
+from calib.types import Array, Dataset, Feed, InputInfo, Sample, SampleId
+from onnxslim_ptq import __version__
+from onnxslim_ptq.analysis.layer_output import LayerOutput, layer_outputs, ranked
+from onnxslim_ptq.analysis.verify import Verification, verify
+from onnxslim_ptq.core.targets import TARGETS, Target
+from onnxslim_ptq.export.ascend import render_ascend
+from onnxslim_ptq.export.check import check_file, source_files
+from onnxslim_ptq.export.description import Calibration, Context, describe, write_description
+from onnxslim_ptq.export.files import AtomicFiles, OutputPaths, output_paths, write_model
+from onnxslim_ptq.export.lowering import lower_ascend
+from onnxslim_ptq.export.renderers import RENDERERS
+from onnxslim_ptq.graph.graph import Graph
+from onnxslim_ptq.graph.linears import Linear, find_linears
+from onnxslim_ptq.graph.opset import raise_opset
+from onnxslim_ptq.graph.optimize import PASSES, optimize
+from onnxslim_ptq.pipeline import Job, Planned, make_plan
+from onnxslim_ptq.recipe import Recipe
+from onnxslim_ptq.steps.fusing import leave_float
+
+__all__ = ["AscendJob", "Feeds", "exactly", "feeds_of", "layers_of", "random_feed"]
+
+_LOG = logging.getLogger("onnxslim_ptq")
+_SEED = 0
+
+
+class Feeds(Dataset):
+    """Samples in memory, in their order."""
+
+    def __init__(self, feeds: Sequence[Feed]) -> None:
+        self._feeds = list(feeds)
+
+    def __len__(self) -> int:
+        return len(self._feeds)
+
+    def __iter__(self) -> Any:
+        return iter([(SampleId(i), feed) for i, feed in enumerate(self._feeds)])
+
+
+def feeds_of(calib_data: Sequence[Any], inputs: Sequence[InputInfo]) -> list[Feed]:
+    """One list of arrays per sample, in the order of the model's inputs; ValueError naming the sample and input."""
+    if not isinstance(calib_data, list | tuple):
+        raise ValueError(
+            f"calib_data must be a list of samples, each a list of arrays, not {type(calib_data).__name__}."
+        )
+    return [_feed(f"calib_data[{i}]", sample, inputs) for i, sample in enumerate(calib_data)]
+
+
+def _feed(where: str, sample: Any, inputs: Sequence[InputInfo]) -> Feed:
+    if not isinstance(sample, list | tuple):
+        raise ValueError(f"{where} must be a list with one array per input, not {type(sample).__name__}.")
+    if len(sample) != len(inputs):
+        names = ", ".join(i.name for i in inputs)
+        raise ValueError(f"{where} has {len(sample)} arrays, the model has {len(inputs)} inputs: {names}.")
+    feed: dict[str, Array] = {}
+    for info, value in zip(inputs, sample, strict=True):
+        array = np.asarray(value)
+        if array.dtype != info.dtype:
+            raise ValueError(f"{where}: input '{info.name}' is {info.dtype}, the array is {array.dtype}.")
+        wanted = [d if isinstance(d, int) else None for d in info.shape or array.shape]
+        if len(wanted) != array.ndim or any(
+            w not in (None, d) for w, d in zip(wanted, array.shape, strict=True)
+        ):
+            raise ValueError(
+                f"{where}: input '{info.name}' has shape {list(info.shape or ())}, not {list(array.shape)}."
+            )
+        feed[info.name] = array
+    return feed
+
+
+def random_feed(inputs: Sequence[InputInfo], shapes: Sequence[Sequence[int]] | None) -> Feed:
+    """One sample, uniform in [0, 1) (integers: 0); a dynamic first dimension is 1, others need ``shapes``.
+
+    ValueError when a shape is missing or does not fit.
+    """
+    rng = np.random.default_rng(_SEED)
+    if shapes and len(shapes) != len(inputs):
+        raise ValueError(
+            f"Invalid input shape: {len(shapes)} shapes are given, the model has {len(inputs)} inputs."
+        )
+    feed: dict[str, Array] = {}
+    for index, info in enumerate(inputs):
+        declared = list(info.shape or ())
+        if shapes:
+            sizes = list(shapes[index])
+            known = [(d, s) for d, s in zip(declared, sizes, strict=False) if isinstance(d, int)]
+            if len(sizes) != len(declared) or any(d != s for d, s in known):
+                raise ValueError(
+                    f"Invalid input shape: {sizes} for input '{info.name}', which has {declared}."
+                )
+        else:
+            sizes = [d if isinstance(d, int) else 1 for d in declared]
+            if any(not isinstance(d, int) for d in declared[1:]):
+                raise ValueError(
+                    f"Invalid input shape: input '{info.name}' has {declared}; give input_shape."
+                )
+        feed[info.name] = rng.random(sizes).astype(info.dtype)
+    return feed
+
+
+def exactly(names: Iterable[str]) -> list[str]:
+    """Patterns that match these names and nothing else."""
+    return [f"re:{re.escape(name)}" for name in names]
+
+
+def layers_of(source: Model, passes: Collection[str] | None, ops: Collection[str]) -> list[Linear]:
+    """The layers as they will be found, in graph order."""
+    graph = Graph(raise_opset(source, 13))
+    # What is folded into weights neither makes nor names a layer.
+    optimize(graph, set(PASSES if passes is None else passes) - {"batchnorm", "affine"})
+    return [layer for layer in find_linears(graph)[0] if layer.op in ops]
+
+
+@dataclass
+class AscendJob:
+    """A recipe for the target ``ascend`` on samples in memory. ``per_channel``: which operators' weights may be."""
+
+    source: Model
+    recipe: Recipe
+    feeds: list[Feed]
+    synthetic: bool
+    per_channel: frozenset[str] = TARGETS["ascend"].per_channel
+    passes: Collection[str] | None = None
+    device: str = "cpu"
+
+    @property
+    def target(self) -> Target:
+        return replace(TARGETS["ascend"], per_channel=self.per_channel)
+
+    def plan(self) -> Planned:
+        """Statistics, ranges and codes; layers whose input was always zero are left float."""
+        data = Feeds(self.feeds)
+        job = Job(self.source, self.recipe, self.target, data, data, self.device, passes=self.passes)
+        planned = make_plan(job)
+        plan = planned.plan
+        for use, slot in list(plan.weights.items()):
+            activation = plan.activations[type(use)(use.node, 0)]
+            rng = plan.ranges[activation.params][0]
+            if float(rng.lo) == float(rng.hi) == 0.0:
+                self._leave(planned, use.node, "its input is always zero")
+            del slot
+        return planned
+
+    def roll_back(self, planned: Planned, count: int, score: str) -> list[str]:
+        """Leave the ``count`` layers float whose outputs are worst on the first sample, by ``LayerOutput.<score>``."""
+        if count == 0:
+            return []
+        item: Sample = (SampleId(0), self.feeds[0])
+        found: Mapping[str, LayerOutput] = layer_outputs(planned.workspace.model(), planned.plan, item)
+        worst = ranked(((node, float(getattr(f, score))) for node, f in found.items()), count)
+        for node in worst:
+            self._leave(
+                planned,
+                node,
+                f"rolled back (amp_num): {score} {getattr(found[node], score):.4g} of its output",
+            )
+        return worst
+
+    def write(
+        self, planned: Planned, path: Path, fuse_add: bool = True, external: bool = False
+    ) -> OutputPaths:
+        """Render, verify the lowered graph on the first sample, write the model and its weights JSON, atomically."""
+        model, plan = planned.workspace.model(), planned.plan
+        rendered = render_ascend(model, plan, self.target, fuse_add=fuse_add)
+        verified = verify(
+            self.source,
+            lower_ascend(rendered),
+            Feeds(self.feeds[:1]),
+            twin=RENDERERS["ascend"].twin(model, plan, self.target),
+        )
+        sqnr = verified.sqnr
+        _LOG.info("worst output: %s dB SQNR on the first sample", "n/a" if sqnr is None else f"{sqnr:.1f}")
+        plan.skipped = {**planned.skipped, **planned.placement.skipped, **plan.skipped}
+        context = self._context(verified)
+        paths = output_paths(path, path.stem, context.quant_type)
+        with AtomicFiles(paths, source_files(self.source.path) if self.source.path else []) as files:
+            written = files.temporary.model
+            write_model(rendered, written, external=external)
+            check_file(
+                RENDERERS["ascend"].proof(written, files.folder), source=self.source.path or self.source.proto
+            )
+            described = describe(plan, planned.workspace.graph, rendered.proto, context)
+            write_description(described, files.temporary)
+            return files.commit()
+
+    def _leave(self, planned: Planned, node: str, reason: str) -> None:
+        leave_float(planned.plan, planned.placement, planned.workspace.graph, node, reason)
+
+    def _context(self, verified: Verification) -> Context:
+        metrics = {
+            "sqnr_db": verified.sqnr,
+            "per_output": {e.name: e.as_json() for e in verified.outputs},
+            "measured_on": "synthetic" if self.synthetic else "calibration",
+            "samples": verified.samples,
+        }
+        return Context(
+            source=self.source.path.name if self.source.path else "model.onnx",
+            source_sha256=self.source.sha256,
+            quant_type=self.recipe.quant_type,
+            target="ascend",
+            tool={"onnxslim_ptq": __version__},
+            recipe=self.recipe.dump(),
+            calibration=Calibration(0 if self.synthetic else len(self.feeds), self.device),
+            metrics=metrics,
+        )
