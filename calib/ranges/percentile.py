@@ -25,6 +25,7 @@ class Percentile:
 
     percentile: float = 99.99
 
+    needs_tails: ClassVar[bool] = True
     kinds: ClassVar[tuple[str, ...]] = ("histogram",)
     __pydantic_config__: ClassVar[dict[str, str]] = {
         "extra": "forbid"
