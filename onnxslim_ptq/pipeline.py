@@ -31,7 +31,7 @@ from onnxslim_ptq.graph.optimize import optimize
 from onnxslim_ptq.graph.precision import already_quantized
 from onnxslim_ptq.recipe import Recipe
 from onnxslim_ptq.resolution import LayerConfig, named_layers, original_name, resolve
-from onnxslim_ptq.steps import kv_cache, quantize
+from onnxslim_ptq.steps import attention, kv_cache, quantize
 from onnxslim_ptq.steps.fusing import dry_placement, leave_float, unfused_layers
 from onnxslim_ptq.steps.placement import Placement, place
 from onnxslim_ptq.steps.run_smoothing import run_smoothing, smoothing_notes
@@ -131,6 +131,7 @@ def _make_plan(job: Job) -> Planned:
     placement = dry_placement(workspace, layers)
     # A model that keeps everything in subgraphs is passed on in float, and says so: pipelines of many models go on.
     caches = kv_cache.chosen(graph, job.recipe.caches, job.target)
+    attention.chosen(graph, job.recipe.attentions, job.target)  # refuses before the long work
     inside = not layers and any(graph.has_subgraph(n) for n in graph.nodes)
     needs_layers = not inside and job.recipe.layers
     if inside and job.recipe.layers:
@@ -144,13 +145,16 @@ def _make_plan(job: Job) -> Planned:
         workspace, smoothing, named_layers(job.source, job.recipe, graph), layers, placement
     )
     notes += smoothing_notes(smoothed)
-    workspace.collect([*quantize.probes(workspace, placement), *kv_cache.probes(caches)])  # in one sweep
+    entering = attention.chosen(graph, job.recipe.attentions, job.target)
+    others = [*kv_cache.probes(caches), *attention.probes(entering)]
+    workspace.collect([*quantize.probes(workspace, placement), *others])  # in one sweep
     placement, stats = _statistics(job, workspace, placement, layers, notes)
     if needs_layers:
         _require_layers(job, placement.layers, {**skipped, **placement.skipped})
-    cached = workspace.collect(kv_cache.probes(caches))
+    beside = workspace.collect(others)  # before biases are corrected, which changes the graph
     plan = quantize.apply(workspace, placement, stats)
-    plan.io = kv_cache.apply(caches, cached)
+    plan.io = kv_cache.apply(caches, beside)
+    attention.apply(entering, beside, plan)
     workspace.memo.clear()  # histograms are no longer needed
     return Planned(workspace, placement, plan, skipped, notes, needs_layers, smoothed)
 

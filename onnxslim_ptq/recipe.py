@@ -37,6 +37,7 @@ from onnxslim_ptq.recipes.forms import (
     one_of,
 )
 from onnxslim_ptq.steps import STEPS
+from onnxslim_ptq.steps.attention import AttentionStep
 from onnxslim_ptq.steps.kv_cache import KvCacheStep
 from onnxslim_ptq.steps.smoothing import SmoothingConfig
 
@@ -54,13 +55,13 @@ __all__ = [
     "recipe_names",
 ]
 
-_QUANTIZE, _KV_CACHE = "quantize", "kv_cache"
+_QUANTIZE, _KV_CACHE, _ATTENTION = "quantize", "kv_cache", "attention"
 
 
 class QuantizeStep(Config):
     """Quantizes the layers it includes; a later step overrides an earlier one per layer and per key given."""
 
-    type: Literal["quantize"] = Field(examples=[_QUANTIZE, *STEPS, _KV_CACHE])
+    type: Literal["quantize"] = Field(examples=[_QUANTIZE, *STEPS, _KV_CACHE, _ATTENTION])
     include: Patterns = Field(("*",), min_length=1)
     exclude: Patterns = ()
     rounder: RounderConfig = RounderConfig(type="rtn")
@@ -86,9 +87,10 @@ _STEP_MODELS: dict[str, type[BaseModel]] = {
     _QUANTIZE: QuantizeStep,
     **{name: row.config for name, row in STEPS.items()},
     _KV_CACHE: KvCacheStep,
+    _ATTENTION: AttentionStep,
 }
 if TYPE_CHECKING:
-    AnyStep = QuantizeStep | SmoothingConfig | KvCacheStep
+    AnyStep = QuantizeStep | SmoothingConfig | KvCacheStep | AttentionStep
 else:
     AnyStep = Annotated[
         Union[tuple(Annotated[model, Tag(name)] for name, model in _STEP_MODELS.items())],  # noqa: UP007
@@ -164,6 +166,11 @@ class Recipe(Config):
         return [s for s in self.steps if isinstance(s, KvCacheStep)]
 
     @property
+    def attentions(self) -> list[AttentionStep]:
+        """The steps that quantize what enters attention."""
+        return [s for s in self.steps if isinstance(s, AttentionStep)]
+
+    @property
     def layers(self) -> bool:
         """Whether any step quantizes layers: one that only makes the cache integer does not."""
         return any(isinstance(s, QuantizeStep) for s in self.steps)
@@ -173,7 +180,7 @@ class Recipe(Config):
         """Whether activations or a KV cache get a range from calibration data."""
         steps = [s for s in self.steps if isinstance(s, QuantizeStep)]
         static = any(s.act is not None and s.act.when == "static" for s in steps)
-        return static or any(step.needs_data for step in self.caches)
+        return static or bool(self.attentions) or any(step.needs_data for step in self.caches)
 
     def dump(self) -> dict[str, Any]:
         """Plain data that `load` turns into the same recipe: only the keys that were given, for they override."""

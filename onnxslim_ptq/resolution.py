@@ -14,6 +14,7 @@ from onnxslim_ptq.graph.linears import find_linears
 from onnxslim_ptq.graph.names import module_names
 from onnxslim_ptq.recipe import NO_KERNEL, ActConfig, QuantizeStep, Recipe, RounderConfig, WeightConfig
 from onnxslim_ptq.recipes.forms import has_kernel
+from onnxslim_ptq.steps.attention import AttentionStep
 from onnxslim_ptq.steps.kv_cache import KvCacheStep
 
 __all__ = ["LayerConfig", "Resolution", "named_layers", "original_name", "resolve"]
@@ -45,7 +46,7 @@ def resolve(recipe: Recipe, layers: Sequence[Layer], others: Sequence[Layer] = (
     """
     patterns: list[tuple[list[Pattern], list[Pattern]]] = []
     for index, step in enumerate(recipe.steps):
-        if isinstance(step, KvCacheStep):  # its patterns are of the cache's inputs and outputs
+        if isinstance(step, KvCacheStep | AttentionStep):  # their patterns are of other things than layers
             patterns.append(([], []))
             continue
         parsed = []

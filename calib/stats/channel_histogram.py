@@ -19,13 +19,14 @@ class ChannelHistogramStats:
     """A `HistogramStats` for each index of ``probe.axis`` (default: the last), in ``channels``.
 
     Any shape whose channel axis keeps its size, any real dtype; 512 KiB per channel, so meant for heads rather than
-    for thousands of channels. Bad samples are remembered by index, not by name. State: ``axis`` int64 0-d and, once
-    something was seen, the fields of `HistogramStats` stacked along a new first axis.
+    for thousands of channels. Option ``channels``: how many there are, where a sweep cannot tell beforehand. Bad
+    samples are remembered by index, not by name. State: ``axis`` int64 0-d and, once something was seen, the fields of
+    `HistogramStats` stacked along a new first axis.
     """
 
     def __init__(self, probe: Probe | None = None) -> None:
         if probe is not None:
-            options_of(probe, {})
+            options_of(probe, {"channels": 0.0})
         self.axis = -1 if probe is None or probe.axis is None else probe.axis
         self.channels: list[HistogramStats] = []
 

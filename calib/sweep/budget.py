@@ -38,6 +38,8 @@ def state_bytes(probe: Probe, facts: Facts) -> int:
 
 
 def _channels(probe: Probe, facts: Facts) -> int:
+    if told := int(dict(probe.options).get("channels", 0)):
+        return told
     shape = facts.shape(probe.tensor)
     windowed = any(name.startswith("k") for name, _ in probe.options)
     axis = probe.axis if probe.axis is not None else (1 if windowed else -1)

@@ -168,6 +168,7 @@ class QuantPlan:
     weight_codes: dict[str, WeightCodes] = field(default_factory=dict)
     bias_codes: dict[str, BiasCodes] = field(default_factory=dict)
     uncorrected: dict[str, tuple[str, int, Array]] = field(default_factory=dict)
+    attention: dict[str, tuple[str, int]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     io: list[CacheChange] = field(default_factory=list)

@@ -27,6 +27,7 @@ class Target:
     ``optimizes_here``: ONNX Runtime on this machine is the target, so its optimized graph is checked for weights
     that would be dequantized at every run. ``exporter`` names the form of the written graph (export.renderers).
     ``integer_cache``: whether that form has an int8 KV cache.
+    ``integer_attention``: whether its form has activations with a scale per head.
     ``static_only``: activations have one known scale of type ``activation``; no weight-only or per-token layers.
     ``reciprocal_scale``: the file holds 1 / s_x, so s_x is one that its own reciprocal tells exactly.
     """
@@ -45,6 +46,7 @@ class Target:
     highest_opset: int
     source: str
     integer_cache: bool = True
+    integer_attention: bool = True
     static_only: bool = False
     reciprocal_scale: bool = False
 
@@ -113,6 +115,7 @@ TARGETS: dict[str, Target] = {
             "qdq",
             25,
             "TensorRT accepts symmetric int8 only (zero points 0) and no int32 bias behind DequantizeLinear",
+            integer_attention=False,
         ),
         Target(
             "openvino",
@@ -146,6 +149,7 @@ TARGETS: dict[str, Target] = {
             static_only=True,
             reciprocal_scale=True,
             integer_cache=False,
+            integer_attention=False,
         ),
     )
 }

@@ -34,7 +34,8 @@ from onnxslim_ptq.core.spec import (
 from onnxslim_ptq.core.targets import BiasForm, Target
 from onnxslim_ptq.errors import GraphError
 from onnxslim_ptq.export.qdq import render_qdq
-from onnxslim_ptq.export.tensors import FLOAT, bias_of, out_in
+from onnxslim_ptq.export.tensors import ATTENTION, FLOAT, bias_of, out_in
+from onnxslim_ptq.graph.attention import find_attention
 from onnxslim_ptq.graph.edit import own_constant
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.linears import Linear, find_linears
@@ -114,7 +115,9 @@ def rebuild(
             _set(graph, bias.node, bias.port, given)
         if kinds[f"{module}.weight"] != FLOAT:
             _plan_layer(graph, plan, layer, module, tensors, kinds[f"{module}.weight"], target)
-    _set_constants(graph, {k: v for k, v in tensors.items() if k not in used})
+    _plan_attention(graph, plan, tensors)
+    rest = {k: v for k, v in tensors.items() if k not in used and kinds[k] != ATTENTION}
+    _set_constants(graph, rest)
     return render_qdq(graph.to_model(), plan, target)
 
 
@@ -165,6 +168,24 @@ def _plan_layer(
         bias = QuantSpec(INT32, PerChannel(0), True)
         plan.biases[Use(layer.node, layer.bias)] = Slot(bias, f"{module}.bias")
         plan.bias_codes[f"{module}.bias"] = BiasCodes(integers, both, key, f"{module}.weight", clipped)
+
+
+def _plan_attention(graph: Graph, plan: QuantPlan, tensors: Tensors) -> None:
+    """The queries, keys and values that the files have scales for; their attention is found as when they were made."""
+    if not any(name.endswith(".fa_q.scale") for name in tensors):
+        return
+    for one in find_attention(graph)[0]:
+        for role, entry in one.entries.items():
+            scale = tensors.get(f"{one.name}.fa_{role}.scale")
+            if scale is None:
+                continue
+            alone = entry.heads == 1 and entry.width == 1
+            numbers = np.asarray(scale.reshape(-1).repeat(entry.width), np.float64)
+            numbers = numbers[0].reshape(()) if alone else numbers
+            spec = QuantSpec(INT8, PerTensor() if alone else PerChannel(entry.axis), True)
+            key = f"{entry.tensor}@{one.name}.fa_{role}"
+            plan.params[key] = QParams(spec, numbers, np.zeros(numbers.shape, np.int64))
+            plan.activations[entry.use] = Slot(spec, key)
 
 
 def _part(tensors: Tensors, module: str, part: str) -> Array:

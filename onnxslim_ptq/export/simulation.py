@@ -17,7 +17,7 @@ import onnx_graphsurgeon as gs
 from calib.model import Model
 from calib.types import Array
 from onnxslim_ptq.core.qmath import dequantize
-from onnxslim_ptq.core.spec import PerToken, QParams, QuantPlan, Result, Use
+from onnxslim_ptq.core.spec import PerChannel, PerToken, QParams, QuantPlan, QuantSpec, Result, Use
 from onnxslim_ptq.export.float16 import ABSORBED, half_layers
 from onnxslim_ptq.export.per_token import Rows, normalize, row_params, scale_back
 from onnxslim_ptq.graph.graph import Graph
@@ -47,6 +47,7 @@ def simulate(model: Model, plan: QuantPlan, keep: Callable[[Array], Array] | Non
     half = half_layers(graph, plan)
     numbers: dict[str, tuple[str, str]] = {}
     dtypes: dict[str, int] = {}
+    shapes: dict[str, list[None]] = {}
     done: dict[str, gs.Tensor] = {}
     for use, slot in plan.weights.items():
         node = graph.node(use.node)
@@ -67,12 +68,12 @@ def simulate(model: Model, plan: QuantPlan, keep: Callable[[Array], Array] | Non
         name = site.tensor if isinstance(site, Result) else graph.node(site.node).inputs[site.port].name
         if slot.params not in numbers:
             numbers[slot.params] = (f"__scale_{len(numbers)}", f"__zero_{len(numbers)}")
+            shapes[slot.params] = [] if _axis(slot.spec) is None else [None]
             dtypes[slot.params] = onnx.helper.np_dtype_to_tensor_dtype(slot.spec.dtype.dtype)
         if isinstance(site, Result):
             tensor = graph.tensor(name)
-            pairs[name, slot.params] = _quantize_result(
-                graph, tensor, numbers[slot.params], _is_half(graph, tensor, half)
-            )
+            wide = _is_half(graph, tensor, half)
+            pairs[name, slot.params] = _quantize_result(graph, tensor, numbers[slot.params], wide)
     for site, slot in static.items():
         if isinstance(site, Result):
             continue
@@ -82,14 +83,16 @@ def simulate(model: Model, plan: QuantPlan, keep: Callable[[Array], Array] | Non
             continue
         pair = (tensor.name, slot.params)
         if pair not in pairs:
-            pairs[pair] = _pair(graph, tensor, _inputs(numbers[slot.params]), site.node in half)
+            pairs[pair] = _pair(
+                graph, tensor, _inputs(numbers[slot.params]), site.node in half, _axis(slot.spec)
+            )
         node.inputs[site.port] = pairs[pair]
     simulated = graph.to_model()
     for key, (scale, zero) in numbers.items():
         simulated.proto.graph.input.append(
-            onnx.helper.make_tensor_value_info(scale, onnx.TensorProto.FLOAT, [])
+            onnx.helper.make_tensor_value_info(scale, onnx.TensorProto.FLOAT, shapes[key])
         )
-        simulated.proto.graph.input.append(onnx.helper.make_tensor_value_info(zero, dtypes[key], []))
+        simulated.proto.graph.input.append(onnx.helper.make_tensor_value_info(zero, dtypes[key], shapes[key]))
     return Simulation(simulated, numbers)
 
 
@@ -139,13 +142,24 @@ def _quantize_result(graph: Graph, tensor: gs.Tensor, numbers: tuple[str, str], 
     return real
 
 
-def _pair(graph: Graph, tensor: gs.Tensor, numbers: tuple[gs.Tensor, gs.Tensor], half: bool) -> gs.Tensor:
+def _axis(spec: QuantSpec) -> int | None:
+    return spec.grain.axis if isinstance(spec.grain, PerChannel) else None
+
+
+def _pair(
+    graph: Graph,
+    tensor: gs.Tensor,
+    numbers: tuple[gs.Tensor, gs.Tensor],
+    half: bool,
+    axis: int | None = None,
+) -> gs.Tensor:
     """Q/DQ in float32, between casts when ``tensor`` is float16."""
+    attrs = {} if axis is None else {"axis": axis}
     scale, zero = numbers
     codes, real = graph.variable(f"{tensor.name}.codes"), graph.variable(f"{tensor.name}.real")
     source = _cast(graph, tensor, onnx.TensorProto.FLOAT) if half else tensor
-    graph.add_node("QuantizeLinear", f"{tensor.name}.Q", [source, scale, zero], [codes])
-    graph.add_node("DequantizeLinear", f"{tensor.name}.DQ", [codes, scale, zero], [real])
+    graph.add_node("QuantizeLinear", f"{tensor.name}.Q", [source, scale, zero], [codes], attrs)
+    graph.add_node("DequantizeLinear", f"{tensor.name}.DQ", [codes, scale, zero], [real], attrs)
     return _cast(graph, real, onnx.TensorProto.FLOAT16) if half else real
 
 

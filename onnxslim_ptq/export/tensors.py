@@ -4,6 +4,7 @@
 |---|---|---|
 | all | ``L.weight`` int8, ``L.weight_scale``, ``L.weight_offset`` (zeros), ``L.bias`` if any | [out, in], [out, 1] |
 | W8A8 | ``L.input_scale``, ``L.input_offset``, ``L.deq_scale`` int64, ``L.quant_bias`` int32 | [1], [out] |
+| FAQuant | ``A.fa_q.scale`` float32, ``A.fa_q.offset`` int8 (zeros), the same for k and v of attention A | [heads, 1] |
 
     deq = float32(input_scale * weight_scale), stored as `pack_int64`
     quant_bias = round(bias / deq - input_offset * sum_in(q_w)), so that y = (sum q_x q_w + quant_bias) * deq
@@ -30,9 +31,18 @@ from onnxslim_ptq.graph.edit import following_bias
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.linears import Linear, find_linears
 
-__all__ = ["FLOAT", "LayerBias", "TensorSet", "bias_of", "layer_tensors", "out_in", "signed_zero"]
+__all__ = [
+    "ATTENTION",
+    "FLOAT",
+    "LayerBias",
+    "TensorSet",
+    "bias_of",
+    "layer_tensors",
+    "out_in",
+    "signed_zero",
+]
 
-FLOAT = "FLOAT"
+FLOAT, ATTENTION = "FLOAT", "FAQuant"
 _WIDTHS = (np.float32, np.float16)
 
 
@@ -93,6 +103,11 @@ def layer_tensors(graph: Graph, plan: QuantPlan, modules: Mapping[str, str], qua
     for name, values in _constants(graph):
         if name not in told:
             made.add(name, values, FLOAT)
+    for prefix, (key, heads) in plan.attention.items():
+        scale = np.asarray(plan.params[key].scale, np.float32).reshape(heads, -1)[:, :1]
+        made.add(f"{prefix}.scale", scale, ATTENTION)
+        made.add(f"{prefix}.offset", np.zeros(scale.shape, np.int8), ATTENTION)
+        made.facts["fa_quant_type"] = ATTENTION
     return made
 
 

@@ -20,6 +20,7 @@ import onnx_graphsurgeon as gs
 from onnxslim_ptq.core.spec import Use
 from onnxslim_ptq.graph.edit import is_standard
 from onnxslim_ptq.graph.graph import Graph
+from onnxslim_ptq.graph.names import noted_scope
 from onnxslim_ptq.graph.shapes import Shapes, infer_shapes
 
 __all__ = ["Attention", "Entry", "find_attention"]
@@ -104,7 +105,7 @@ def _decomposed(graph: Graph, shapes: Shapes, softmax: gs.Node) -> Attention | s
     query, key, value = (entry for entry in entries if isinstance(entry, Entry))
     nodes = [*before, softmax, *behind]
     return Attention(
-        _common_name([n.name for n in nodes]),
+        _common_name(graph, [n.name for n in nodes]),
         tuple(n.name for n in nodes),
         context.outputs[0].name,
         query,
@@ -239,11 +240,15 @@ def _fused(graph: Graph, shapes: Shapes, node: gs.Node) -> Attention | str:
             return f"the heads of '{tensor.name}' cannot be told apart"
         else:
             entries.append(Entry(Use(node.name, port), tensor.name, 2, count, int(dims[2]) // count))
-    return Attention(_common_name([node.name]), (node.name,), node.outputs[0].name, *entries)
+    return Attention(_common_name(graph, [node.name]), (node.name,), node.outputs[0].name, *entries)
 
 
-def _common_name(nodes: list[str]) -> str:
-    """``/layer.0/attention/self/MatMul``, ``…/self/Softmax`` -> ``layer.0.attention.self``; alone: the node's path."""
+def _common_name(graph: Graph, nodes: list[str]) -> str:
+    """The module dynamo notes; else what their paths share (``/layer.0/self/MatMul``, ``/layer.0/self/Softmax`` ->
+    ``layer.0.self``); else the first node's path."""
+    noted = {noted_scope(graph, name) for name in nodes}
+    if len(noted) == 1 and "" not in noted:
+        return noted.pop()
     paths = [[part for part in name.split(";")[0].split("/") if part] for name in nodes]
     common = []
     for parts in zip(*(path[:-1] for path in paths), strict=False):

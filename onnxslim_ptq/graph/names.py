@@ -14,7 +14,7 @@ from onnxslim_ptq.errors import RecipeError
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.linears import Linear
 
-__all__ = ["module_name", "module_names"]
+__all__ = ["module_name", "module_names", "noted_scope"]
 
 _SUFFIX = re.compile(r"[._/](weight|kernel|w)(_\d+)?$", re.IGNORECASE)
 _MADE_UP = re.compile(r"(onnx::|const_fold_opt|\d+$|_v_\d+)|^[A-Za-z]+_\d+$")
@@ -43,7 +43,7 @@ def module_names(
     for layer in layers:
         if layer.node in given:
             continue
-        base = module_name(layer.weight_name, layer.node, _scope(graph, layer.node))
+        base = module_name(layer.weight_name, layer.node, noted_scope(graph, layer.node))
         unique, count = base, 1
         while unique in taken:
             count += 1
@@ -68,7 +68,7 @@ def module_name(weight: str, node: str, scope: str = "") -> str:
     return ".".join(parts) or _SUFFIX.sub("", weight)
 
 
-def _scope(graph: Graph, node: str) -> str:
+def noted_scope(graph: Graph, node: str) -> str:
     """The innermost module of ``['', 'blocks.0', 'blocks.0.fc', 'linear_3']``, whose last entry is the node itself."""
     noted = {p.key: p.value for p in graph.export_node(graph.node(node)).metadata_props}
     scopes: list[str] = re.findall(r"'([^']*)'", noted.get(_SCOPES, "")[:_LONGEST])

@@ -169,6 +169,13 @@ class TestProcessors:
         kinds = {"norm-linear"} if smoothing == "m3" else {"norm-linear", "ov"}
         assert done == {(step, kind) for kind in kinds}
 
+    def test_fa3(self, tmp_path: Path) -> None:
+        save = SaveProcessorConfig(output_path=str(tmp_path))
+        result = quant_model(model(), session(w8a8_dynamic=dynamic(), fa3=FA3ProcessorConfig(), save=save))
+        assert len(result.plan.attention) == 6  # queries, keys and values of two blocks
+        document = json.loads((tmp_path / "quant_model_description_w8a8_dynamic.json").read_text())
+        assert document["fa_quant_type"] == "FAQuant"
+
     def test_a_group_with_a_disabled_layer_is_left_alone(self) -> None:
         result = quant_model(model(), session(w8a8=static("b.0.to_q"), m4=M4ProcessorConfig()))
         assert "b.0.to_q.weight" not in {c.name for c in result.plan.weight_codes.values()}

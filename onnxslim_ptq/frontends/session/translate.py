@@ -77,8 +77,6 @@ def recipe_of(
     scheme = next(given[name] for name in given if name in _SCHEMES)
     if isinstance(scheme, W8A8TimeStepProcessorConfig):
         raise RecipeError(f"{_KEY}: w8a8_timestep is not available yet; use w8a8 or w8a8_dynamic")
-    if any(isinstance(config, FA3ProcessorConfig) for config in given.values()):
-        raise RecipeError(f"{_KEY}: fa3 is not available yet; leave it out")
     assert isinstance(scheme, W8A8ProcessorConfig | W8A8DynamicProcessorConfig)
     last = [_last_linear(model)] if disable_last_linear else []
     ops = {node.op_type for node in model.proto.graph.node}
@@ -93,7 +91,9 @@ def recipe_of(
         "act": _activation(scheme),
         "bias_correction": False,
     }
-    return Recipe.load({"target": target, "names": dict(names or {}), "steps": [*steps, quantize]})
+    attention = [{"type": "attention"}] if isinstance(given.get("fa3"), FA3ProcessorConfig) else []
+    whole = [*steps, quantize, *attention]
+    return Recipe.load({"target": target, "names": dict(names or {}), "steps": whole})
 
 
 def _activation(scheme: W8A8ProcessorConfig | W8A8DynamicProcessorConfig) -> dict[str, Any]:
