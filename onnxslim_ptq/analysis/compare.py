@@ -28,7 +28,7 @@ from calib.types import Array, Dataset, Feed
 from onnxslim_ptq.analysis.latency import Latency, measure_latency
 from onnxslim_ptq.analysis.metrics import OutputError, worst_sqnr
 from onnxslim_ptq.export.exchange import Exchange
-from onnxslim_ptq.export.fusion import unfused_weights
+from onnxslim_ptq.export.fusion import Island, dequantized_weights, float_islands, optimized_graph
 from onnxslim_ptq.export.lowering import is_ascend, lower_ascend
 from onnxslim_ptq.graph.linears import LINEAR_OPS
 from onnxslim_ptq.graph.precision import already_quantized
@@ -73,6 +73,7 @@ class Comparison:
     latency: Latency | None
     integer_weights: int
     unfused: list[str]
+    islands: list[Island]
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -102,9 +103,9 @@ def compare_models(
     if not layers:
         notes.append("no layer has the same name in both models: errors of layers are not known")
     speed = measure_latency(exact, quantized, next(iter(data))[1], threads) if latency else None
-    return Comparison(
-        outputs, layers, count, speed, len(weights), sorted(weights & unfused_weights(quantized)), notes
-    )
+    graph = optimized_graph(quantized)
+    unfused = sorted(weights & dequantized_weights(graph))
+    return Comparison(outputs, layers, count, speed, len(weights), unfused, float_islands(graph), notes)
 
 
 def _check_pair(exact: Model, quantized: Model) -> None:

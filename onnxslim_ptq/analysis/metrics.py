@@ -33,7 +33,8 @@ class OutputError:
     """What is known of one output after any number of samples.
 
     Float outputs: SQNR = 10 log10(Σ y² / Σ (y - ŷ)²) in dB, cosine = Σ y ŷ / sqrt(Σ y² Σ ŷ²), largest |y - ŷ|, all in
-    float64 over all elements of all samples. Integer and bool outputs: the fraction that is equal.
+    float64 over all elements of all samples. Integer and bool outputs: the fraction that is equal. ``top1``: the
+    share of rows along the last axis (of two values or more) whose largest value is at the same place.
     """
 
     name: str
@@ -44,6 +45,8 @@ class OutputError:
     largest: float = 0.0
     equal: int = 0
     count: int = 0
+    agreeing: int = 0
+    rows: int = 0
     is_float: bool = True
     faults: list[str] = field(default_factory=list)
 
@@ -67,6 +70,9 @@ class OutputError:
             self.is_float = False
             self.equal += int(np.count_nonzero(exact == seen))
             return
+        if exact.ndim > 1 and exact.shape[-1] > 1 and exact.size:
+            same = exact.argmax(axis=-1) == seen.argmax(axis=-1)
+            self.rows, self.agreeing = self.rows + same.size, self.agreeing + int(np.count_nonzero(same))
         for start in range(0, exact.size, _AT_ONCE):
             part = slice(start, start + _AT_ONCE)
             y, z = (v.reshape(-1)[part].astype(np.float64) for v in (exact, seen))
@@ -95,6 +101,10 @@ class OutputError:
     def cosine(self) -> float | None:
         scale = np.sqrt(self.signal * self.seen)
         return float(self.product / scale) if self.is_float and scale > 0 else None
+
+    @property
+    def top1(self) -> float | None:
+        return self.agreeing / self.rows if self.rows else None
 
     def as_json(self) -> dict[str, object]:
         """The measurements with their units in the names."""

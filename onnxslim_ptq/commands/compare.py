@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,10 +25,11 @@ from onnxslim_ptq.errors import QuantizationError
 
 if TYPE_CHECKING:
     from onnxslim_ptq.analysis.compare import Comparison, LayerError
+    from onnxslim_ptq.export.fusion import Island
 
 __all__ = ["compare"]
 
-_FEW = 10
+_FEW, _FEW_OF_EACH = 10, 3
 Float = Annotated[Path, typer.Argument(metavar="FLOAT", show_default=False, help="The float model.")]
 Quant = Annotated[
     Path, typer.Argument(metavar="QUANT", show_default=False, help="The same model, quantized.")
@@ -97,11 +100,14 @@ def _as_json(found: Comparison, exact: Path, quantized: Path, measured_on: str) 
         "samples": found.samples,
         "measured_on": measured_on,
         "sqnr_db": found.sqnr,
-        "per_output": {e.name: e.as_json() for e in found.outputs},
+        "per_output": {
+            e.name: {**e.as_json(), **({"top1_agree": e.top1} if e.is_float else {})} for e in found.outputs
+        },
         "per_layer": [layer.as_json() for layer in found.layers],
         "latency": found.latency.as_json() if found.latency else None,
         "integer_weights": found.integer_weights,
         "unfused_weights": found.unfused,
+        "float_islands": [asdict(island) for island in found.islands],
         "notes": found.notes,
         "exit_code": 0,
     }
@@ -111,7 +117,7 @@ def _show(found: Comparison, measured_on: str, verbose: bool) -> None:
     from onnxslim_ptq.commands.summary import MEASURED_ON
 
     say(f"measured on {found.samples} {MEASURED_ON[measured_on]}")
-    rows: list[tuple[object, ...]] = [("OUTPUT", "SQNR", "COSINE", "MAX ERROR", "EQUAL")]
+    rows: list[tuple[object, ...]] = [("OUTPUT", "SQNR", "COSINE", "MAX ERROR", "TOP-1", "EQUAL")]
     for error in found.outputs:
         facts = error.as_json()
         equal = facts.get("equal")
@@ -121,10 +127,11 @@ def _show(found: Comparison, measured_on: str, verbose: bool) -> None:
                 db(error.sqnr),
                 _number(error.cosine, ".5f"),
                 _number(error.largest, ".4g") if error.is_float else "n/a",
+                _number(error.top1, ".2%") if error.is_float else "n/a",
                 f"{equal:.2%}" if isinstance(equal, float) else "n/a",
             )
         )
-    for line in columns(rows, right=frozenset({1, 2, 3, 4}), indent=""):
+    for line in columns(rows, right=frozenset({1, 2, 3, 4, 5}), indent=""):
         say(line)
     _show_layers(found.layers, verbose)
     if found.latency:
@@ -137,8 +144,24 @@ def _show(found: Comparison, measured_on: str, verbose: bool) -> None:
         f"int8 weights: {found.integer_weights}, of which {len(found.unfused)} get no integer kernel on this CPU"
         + (f" (slow): {', '.join(found.unfused[: None if verbose else 3])}" if found.unfused else "")
     )
+    _show_islands(found.islands, verbose)
     for note in found.notes:
         warn(note)
+
+
+def _show_islands(islands: list[Island], verbose: bool) -> None:
+    """Nodes that compute in float between integer ones, by reason."""
+    if not islands:
+        return
+    say(f"between integer nodes, {len(islands)} compute in float:")
+    groups: dict[str, list[str]] = {}
+    for island in islands:
+        reason = re.sub(r"'.*?'", "…", island.reason)
+        groups.setdefault(f"{island.op}: {reason}", []).append(island.node)
+    for reason, names in sorted(groups.items(), key=lambda group: -len(group[1])):
+        shown = names if verbose else names[:_FEW_OF_EACH]
+        more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+        say(f"  {len(names)} {reason}: {', '.join(shown)}{more}")
 
 
 def _show_layers(layers: list[LayerError], verbose: bool) -> None:

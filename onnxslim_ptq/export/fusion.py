@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
@@ -16,7 +16,15 @@ from calib.provider import SessionOptions
 from onnxslim_ptq.export.mapped import session_of
 from onnxslim_ptq.graph.convert import all_names
 
-__all__ = ["guard_float_layers", "stored_weight", "unfused_weights"]
+__all__ = [
+    "Island",
+    "dequantized_weights",
+    "float_islands",
+    "guard_float_layers",
+    "optimized_graph",
+    "stored_weight",
+    "unfused_weights",
+]
 
 # What WeightBiasQuantization of ONNX Runtime rewrites, and operators that ONNX Runtime moves Q/DQ across or absorbs.
 _REWRITTEN = frozenset({"Conv", "ConvTranspose", "Gemm"})
@@ -42,6 +50,23 @@ _LOOKED_THROUGH = frozenset(
 )
 
 _INTEGER = (TensorProto.INT8, TensorProto.UINT8)
+# Operators between DequantizeLinear and QuantizeLinear that ONNX Runtime's CPU provider has an integer kernel for.
+_INTEGER_KERNELS = frozenset(
+    {
+        "Add",
+        "AveragePool",
+        "Concat",
+        "Conv",
+        "Gemm",
+        "GlobalAveragePool",
+        "MatMul",
+        "Mul",
+        "ReduceMean",
+        "Sigmoid",
+        "Softmax",
+        "Where",
+    }
+)
 
 
 def unfused_weights(model: Model, spool: Spool | None = None) -> set[str]:
@@ -49,18 +74,62 @@ def unfused_weights(model: Model, spool: Spool | None = None) -> set[str]:
 
     Such a weight is turned back into float at every run: 12 to 17 times slower than the float layer at one token.
     """
+    return dequantized_weights(optimized_graph(model, spool))
+
+
+def dequantized_weights(graph: onnx.GraphProto) -> set[str]:
+    """`unfused_weights` of an optimized graph."""
+    stored = {t.name for t in graph.initializer if t.data_type in _INTEGER}
+    return {n.input[0] for n in graph.node if n.op_type == "DequantizeLinear" and n.input[0] in stored}
+
+
+@dataclass(frozen=True)
+class Island:
+    """A node that computes in float although it reads quantized values, and why."""
+
+    node: str
+    op: str
+    reason: str
+
+
+def float_islands(graph: onnx.GraphProto) -> list[Island]:
+    """The nodes of an `optimized_graph` that read a DequantizeLinear, in its order.
+
+    Each costs a conversion to float in front of it and often one back behind it.
+    """
+    makers = {o: n for n in graph.node for o in n.output}
+    readers: dict[str, list[str]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node.op_type)
+    constants = {t.name for t in graph.initializer}
+    found = []
+    for node in graph.node:
+        values = [name for name in node.input if name and name not in constants]
+        plain = [n for n in values if n not in makers or makers[n].op_type != "DequantizeLinear"]
+        if len(plain) < len(values) and node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            found.append(Island(node.name or node.output[0], node.op_type, _why(node, plain, readers)))
+    return found
+
+
+def _why(node: onnx.NodeProto, plain: list[str], readers: Mapping[str, list[str]]) -> str:
+    if node.op_type not in _INTEGER_KERNELS and node.op_type not in _LOOKED_THROUGH:
+        return f"ONNX Runtime has no integer {node.op_type} on the CPU"
+    if plain:
+        return f"its input '{plain[0]}' is not quantized"
+    if not all(set(readers.get(name, [])) == {"QuantizeLinear"} for name in node.output):
+        return "its result is not quantized, or is also read in float"
+    return "types or scales do not suit ONNX Runtime's integer kernel"
+
+
+def optimized_graph(model: Model, spool: Spool | None = None) -> onnx.GraphProto:
+    """The graph as ONNX Runtime will run it, weights left out."""
     with tempfile.TemporaryDirectory(
         prefix="onnxslim-ptq-", dir=spool.folder if spool is not None else None
     ) as folder:
         path = Path(folder) / "optimized.onnx"
         session_of(model, SessionOptions(write_optimized=path), spool)
-        optimized = onnx.load(path, load_external_data=False)
-        stored = {t.name for t in optimized.graph.initializer if t.data_type in _INTEGER}
-        return {
-            n.input[0]
-            for n in optimized.graph.node
-            if n.op_type == "DequantizeLinear" and n.input[0] in stored
-        }
+        return onnx.load(path, load_external_data=False).graph
 
 
 def guard_float_layers(model: Model) -> Model:
