@@ -125,3 +125,15 @@ def test_the_headline_is_the_worst_output_with_a_signal() -> None:
     assert worst_sqnr(errors) == pytest.approx(10.0)
     assert worst_sqnr(errors[2:]) is None
     assert errors[0].as_json() == {"sqnr_db": pytest.approx(20.0), "cosine": None, "max_abs_error": 0.0}
+
+
+def test_top1_is_the_share_of_rows_with_the_same_largest_value() -> None:
+    error = OutputError("y")
+    y = np.array([[1.0, 2.0, 3.0], [3.0, 1.0, 2.0]], np.float32)
+    z = np.array([[1.0, 3.1, 3.0], [3.0, 1.0, 2.9]], np.float32)
+    error.add(y, z, "a")
+    error.add(y[1:], z[1:], "b")
+    assert error.top1 == 2 / 3
+    flat = OutputError("y")
+    flat.add(np.ones((4, 1), np.float32), np.ones((4, 1), np.float32), "a")
+    assert flat.top1 is None

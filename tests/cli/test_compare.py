@@ -36,6 +36,7 @@ def test_a_person_reads_it(quantized: str, capsys: Captured) -> None:
     assert "9 quantized layers, worst first" in text
     assert "x as fast" in text
     assert "int8 weights: 9, of which 0 get no integer kernel" in text
+    assert "4 HardSigmoid: ONNX Runtime has no integer HardSigmoid on the CPU: /stem/" in text
 
 
 def test_a_program_reads_it(quantized: str, capsys: Captured) -> None:
@@ -54,6 +55,12 @@ def test_a_program_reads_it(quantized: str, capsys: Captured) -> None:
     assert layers["/down/down.0/Conv"]["local"] is None
     assert not layers["/down/down.0/Conv"]["quantized"]
     assert found["latency"]["speedup"] > 0
+    assert found["per_output"]["logits"]["top1_agree"] == 1.0
+    islands = {island["node"]: island for island in found["float_islands"]}
+    assert islands["/block1/Add"]["reason"].startswith("its input '")
+    assert (
+        islands["/stem/stem.2/HardSigmoid"]["reason"] == "ONNX Runtime has no integer HardSigmoid on the CPU"
+    )
 
 
 def test_samples_and_eval(quantized: str, capsys: Captured) -> None:
