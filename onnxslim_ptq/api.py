@@ -19,7 +19,7 @@ from calib.saved.progress import Resume
 from calib.saved.store import Statistics
 from calib.types import Array, SampleId
 from onnxslim_ptq import __version__
-from onnxslim_ptq.analysis.metrics import leaves
+from onnxslim_ptq.analysis.metrics import first_top1, leaves
 from onnxslim_ptq.asked import checked, gathering
 from onnxslim_ptq.core.spec import QuantPlan
 from onnxslim_ptq.core.targets import TARGETS, BiasForm
@@ -236,6 +236,7 @@ def _result(job: Job, outcome: Outcome, data: Samples, seed: int) -> Result:
     metrics: dict[str, Any] = {
         "sqnr_db": verified.sqnr,
         "cosine": min((e.cosine for e in verified.outputs if e.cosine is not None), default=None),
+        "top1_agree": first_top1(verified.outputs),
         "per_output": {e.name: e.as_json() for e in verified.outputs},
         "measured_on": data.measured_on,
         "samples": verified.samples,

@@ -26,6 +26,7 @@ from onnxslim_ptq.commands.later import LATER
 from onnxslim_ptq.commands.merge_stats import merge_stats
 from onnxslim_ptq.commands.quantize import quantize
 from onnxslim_ptq.commands.recipes import recipes
+from onnxslim_ptq.commands.tune import tune
 from onnxslim_ptq.errors import DeviceError, QuantizationError, VerificationError
 
 __all__ = ["app", "main"]
@@ -99,6 +100,7 @@ app.command("merge-stats")(merge_stats)
 app.command()(compare)
 app.command()(export)
 app.command()(analyze)
+app.command()(tune)
 app.command()(recipes)
 app.command()(doctor)
 for _name, _command in LATER.items():

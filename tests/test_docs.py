@@ -223,7 +223,8 @@ class TestExitCodes:
     def test_the_readme_lists_them_all(self) -> None:
         listed = [int(code) for row in _table(_text("README.md"), "| code |") for code in row[0].split(",")]
         codes = (
-            cli.OK, cli.UNEXPECTED, cli.BAD_INPUT, cli.NOT_VERIFIED, cli.NO_DEVICE, cli.INTERRUPTED, cli.TERMINATED
+            cli.OK, cli.UNEXPECTED, cli.BAD_INPUT, cli.NOT_VERIFIED, cli.NO_DEVICE, cli.GOAL_MISSED,
+            cli.INTERRUPTED, cli.TERMINATED,
         )  # fmt: skip
         assert listed == list(codes)
 

@@ -12,7 +12,7 @@ from calib.types import Array
 from onnxslim_ptq.core.qmath import sqnr_db
 
 _AT_ONCE = 1 << 20  # elements: logits of a language model are large, and are compared in float64
-__all__ = ["Output", "OutputError", "leaves", "worst_sqnr"]
+__all__ = ["Output", "OutputError", "first_top1", "leaves", "worst_sqnr"]
 
 Output = Any  # an array, a list or dict of outputs (sequence and map types), or a number in one
 
@@ -117,3 +117,8 @@ def worst_sqnr(errors: list[OutputError]) -> float | None:
     """The smallest SQNR of all float outputs that carry a signal: the headline."""
     known = [e.sqnr for e in errors if e.sqnr is not None]
     return min(known) if known else None
+
+
+def first_top1(errors: list[OutputError]) -> float | None:
+    """Top-1 agreement of the first float output that has rows: the scores or logits; caches come after them."""
+    return next((e.top1 for e in errors if e.is_float and e.rows), None)

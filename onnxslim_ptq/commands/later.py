@@ -33,11 +33,6 @@ def _later(name: str, help_text: str, instead: str) -> Callable[[typer.Context],
 LATER: dict[str, Callable[[typer.Context], None]] = {
     name: _later(name, help_text, instead)
     for name, help_text, instead in (
-        (
-            "tune",
-            "Find the fewest float layers that meet a goal.",
-            "exclude the worst layers that compare names",
-        ),
         ("convert", "Convert between weight formats.", "quantize writes an ONNX file and a weights JSON"),
     )
 }

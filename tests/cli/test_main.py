@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DIGITS = ROOT / "tools" / "digits"
 MODEL, CALIB = str(DIGITS / "digits.onnx"), str(DIGITS / "calib")
 COMMAND = [sys.executable, "-m", "onnxslim_ptq"]
-LATER = ("tune", "convert")
+LATER = ("convert",)
 Captured = pytest.CaptureFixture[str]
 
 

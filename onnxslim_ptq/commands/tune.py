@@ -1,0 +1,212 @@
+"""``tune MODEL OUT --goal …``: the recipe and the fewest float layers that reach a goal."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import yaml
+
+from onnxslim_ptq.commands.console import Bars, columns, db, emit_json, program, say, warn
+from onnxslim_ptq.commands.options import (
+    Calib,
+    Device,
+    Json,
+    Preprocess,
+    Recipe,
+    ReduceRange,
+    Samples,
+    Seed,
+    Stacked,
+    Target,
+    Threads,
+    Tokenizer,
+)
+from onnxslim_ptq.errors import QuantizationError
+
+if TYPE_CHECKING:
+    from onnxslim_ptq.analysis.trials import Trial
+    from onnxslim_ptq.tuning import Tuned
+
+__all__ = ["GOAL_MISSED", "load_evaluator", "tune"]
+
+GOAL_MISSED = 5
+Model = Annotated[Path, typer.Argument(metavar="MODEL", show_default=False, help="The float ONNX model.")]
+Out = Annotated[
+    Path,
+    typer.Argument(metavar="OUT", show_default=False, help="The file to write (ends in .onnx), or a folder."),
+]
+GoalText = Annotated[
+    str,
+    typer.Option(
+        "--goal",
+        metavar="METRIC>=NUMBER",
+        show_default=False,
+        help="sqnr (dB), cosine, top1_agree, or metric: what --evaluator returns.",
+    ),
+]
+Eval = Annotated[
+    Path | None,
+    typer.Option(
+        "--eval", metavar="PATH", show_default=False, help="Samples that measure; default: some of --calib."
+    ),
+]
+EvaluatorName = Annotated[
+    str | None,
+    typer.Option(
+        "--evaluator",
+        metavar="MODULE:FUNCTION",
+        show_default=False,
+        help="Your own code: takes the path of an ONNX file, returns a number, more is better.",
+    ),
+]
+MaxTime = Annotated[
+    float | None,
+    typer.Option(
+        "--max-time", metavar="SECONDS", min=0, show_default=False, help="Begin no trial after this time."
+    ),
+]
+HistoryFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--history",
+        metavar="FILE",
+        show_default="OUT.tune.jsonl",
+        help="Trials made; the same command resumes.",
+    ),
+]
+
+
+def tune(
+    model: Model,
+    out: Out,
+    goal: GoalText,
+    calib: Calib = None,
+    evaluation: Eval = None,
+    evaluator: EvaluatorName = None,
+    max_time: MaxTime = None,
+    history: HistoryFile = None,
+    recipe: Recipe = "w8a8",
+    target: Target = None,
+    device: Device = "cpu",
+    samples: Samples = None,
+    stacked: Stacked = False,
+    preprocess: Preprocess = None,
+    tokenizer: Tokenizer = None,
+    reduce_range: ReduceRange = "auto",
+    threads: Threads = 0,
+    seed: Seed = 0,
+    json: Json = False,
+) -> int:
+    """Find the recipe and the fewest float layers that reach a goal; write the model, its JSON and the recipe.
+
+    Exit code 5 when the goal was missed: the best result is then in OUT.best.
+    """
+    from onnxslim_ptq.analysis.goal import Goal
+    from onnxslim_ptq.commands.samples import with_data
+    from onnxslim_ptq.tuning import tune as run
+
+    wanted = Goal.parse(goal)
+    loaded = with_data(recipe, preprocess, tokenizer)
+    with Bars(json) as bars:
+        found = run(
+            model,
+            wanted,
+            calib or None,
+            recipe=loaded,
+            evaluator=load_evaluator(evaluator) if evaluator else None,
+            max_time=max_time,
+            history=history or out.with_name(f"{out.name}.tune.jsonl"),
+            target=target,
+            device=device,
+            eval_data=evaluation,
+            samples=samples,
+            stacked=stacked,
+            reduce_range=reduce_range,
+            threads=threads,
+            seed=seed,
+            listener=bars,
+        )
+        place = out if found.met else out.with_name(f"{out.name}.best")
+        paths = found.result.save(place)
+        written = paths.model.with_name(paths.model.name.removesuffix(".onnx") + ".recipe.yaml")
+        _write(written, yaml.safe_dump(found.recipe.dump(), sort_keys=False, allow_unicode=True))
+    if json:
+        emit_json(_as_json(found, paths.model, written))
+    else:
+        _show(found, paths.model, written, model)
+    return 0 if found.met else GOAL_MISSED
+
+
+def load_evaluator(text: str) -> Callable[[str], float]:
+    """What ``module:function`` names, the working folder included; QuantizationError when there is none."""
+    module, colon, name = text.partition(":")
+    if not (colon and module and name):
+        raise QuantizationError(f"--evaluator '{text}': write MODULE:FUNCTION")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = importlib.import_module(module)
+    except Exception as error:  # the user's module may fail in any way
+        raise QuantizationError(f"--evaluator: module '{module}' cannot be imported: {error}") from None
+    function = getattr(found, name, None)
+    if not callable(function):
+        raise QuantizationError(f"--evaluator: module '{module}' has no function '{name}'")
+    return function  # type: ignore[no-any-return]
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(text, "utf-8")
+    temporary.replace(path)
+
+
+def _as_json(found: Tuned, written: Path, recipe: Path) -> dict[str, Any]:
+    return {
+        "goal": str(found.goal),
+        "met": found.met,
+        "model": str(written),
+        "recipe": str(recipe),
+        "best": _trial(found.best),
+        "trials": [_trial(trial) for trial in found.trials],
+        "pareto": [trial.label for trial in found.front],
+        "resumed": found.resumed,
+        "notes": found.notes,
+        "exit_code": 0 if found.met else GOAL_MISSED,
+    }
+
+
+def _trial(trial: Trial) -> dict[str, Any]:
+    return {
+        "label": trial.label,
+        **trial.measures,
+        "int8_macs": trial.int8_share,
+        "float_layers": trial.float_layers,
+        "latency": trial.latency,
+    }
+
+
+def _show(found: Tuned, written: Path, recipe: Path, model: Path) -> None:
+    metric, front = found.goal.metric, found.front
+    rows: list[tuple[object, ...]] = [("", "TRIAL", metric.upper(), "INT8 MACS", "FLOAT LAYERS", "LATENCY")]
+    for trial in found.trials:
+        value = trial.measures.get(metric)
+        shown = db(value) if metric == "sqnr" else "n/a" if value is None else f"{value:.5f}"
+        mark = ("*" if trial in front else "") + (">" if trial is found.best else "")
+        speed = "n/a" if trial.latency is None else f"{trial.latency:.2f} x float"
+        rows.append((mark, trial.label, shown, f"{trial.int8_share:.1%}", trial.float_layers, speed))
+    for line in columns(rows, right=frozenset({2, 3, 4, 5}), indent=""):
+        say(line)
+    say("* no other trial is both faster and nearer to float; > chosen")
+    if found.resumed:
+        say(f"{found.resumed} trials came from the history of an earlier run")
+    for text in found.notes:
+        warn(text)
+    say(f"goal {found.goal} {'met' if found.met else 'MISSED; this is the best'}: wrote {written}")
+    say(f"recipe: {recipe}")
+    say(f"next: {program()} compare {model} {written} --calib SAMPLES  (error of each layer, speed)")

@@ -1,0 +1,5 @@
+"""``tune``: the recipe, and the fewest multiply-accumulates in float, that reach a goal."""
+
+from onnxslim_ptq.tuning.search import Tuned, tune
+
+__all__ = ["Tuned", "tune"]

@@ -1,0 +1,104 @@
+"""`tune`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import onnxruntime as ort
+import pytest
+import yaml
+
+from onnxslim_ptq import Recipe, quantize
+from onnxslim_ptq.cli import main
+
+DIGITS = Path(__file__).resolve().parents[2] / "tools" / "digits"
+MODEL, CALIB = str(DIGITS / "digits.onnx"), str(DIGITS / "calib")
+Captured = pytest.CaptureFixture[str]
+
+
+def test_a_goal_that_needs_float_layers(tmp_path: Path, capsys: Captured) -> None:
+    out = tmp_path / "t.onnx"
+    arguments = ["tune", MODEL, str(out), "--calib", CALIB, "--goal", "sqnr>=38", "--json"]
+    assert main(arguments) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["met"]
+    assert found["best"]["sqnr"] >= 38
+    assert 0 < found["best"]["int8_macs"] < 1
+    assert found["best"]["label"] in found["pareto"] or len(found["pareto"]) > 0
+    recipe = yaml.safe_load(out.with_name("t.recipe.yaml").read_text())
+    again = quantize(MODEL, Recipe.load(recipe), CALIB)
+    assert again.metrics["sqnr_db"] == pytest.approx(found["best"]["sqnr"])
+    ort.InferenceSession(out, providers=["CPUExecutionProvider"])
+
+    assert main(arguments) == 0, "the same command again finds all trials in the history"
+    second = json.loads(capsys.readouterr().out)
+    assert second["resumed"] == len(second["trials"]) == len(found["trials"])
+    assert second["best"] == found["best"]
+
+
+def test_a_goal_that_is_met_at_once(tmp_path: Path, capsys: Captured) -> None:
+    assert main(["tune", MODEL, str(tmp_path / "t.onnx"), "--calib", CALIB, "--goal", "top1_agree>=0.9"]) == 0
+    text = capsys.readouterr().out
+    assert "goal top1_agree>=0.9 met" in text
+    assert "*>  the recipe" in text
+
+
+def test_a_goal_out_of_reach(tmp_path: Path, capsys: Captured) -> None:
+    out = tmp_path / "t.onnx"
+    assert main(["tune", MODEL, str(out), "--calib", CALIB, "--goal", "sqnr>=38", "--max-time", "0.1"]) == 5
+    text, errors = capsys.readouterr()
+    assert "MISSED" in text
+    assert "the time was up" in errors
+    assert not out.exists()
+    assert sorted(p.name for p in (tmp_path / "t.onnx.best").iterdir()) == [
+        "digits_w8a8.json",
+        "digits_w8a8.onnx",
+        "digits_w8a8.recipe.yaml",
+    ]
+
+
+@pytest.mark.slow
+def test_a_metric_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    """The evaluator gets the path of a written model; its answer decides."""
+    (tmp_path / "mine.py").write_text(
+        "import onnx\n"
+        "def floats(path):\n"
+        "    model = onnx.load(path)\n"
+        "    made = {o for n in model.graph.node if n.op_type == 'DequantizeLinear' for o in n.output}\n"
+        "    return sum(n.op_type == 'Conv' and n.input[1] not in made for n in model.graph.node)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    out = str(tmp_path / "t.onnx")
+    arguments = [
+        "tune",
+        MODEL,
+        out,
+        "--calib",
+        CALIB,
+        "--goal",
+        "metric>=2",
+        "--evaluator",
+        "mine:floats",
+        "--json",
+    ]
+    assert main(arguments) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["best"]["metric"] >= 2
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--goal", "sqnr"], 'write METRIC>=NUMBER, such as "sqnr>=30"'),
+        (["--goal", "metric>=1"], "metric is what an evaluator returns; give both or neither"),
+        (["--goal", "metric>=1", "--evaluator", "nothing"], "write MODULE:FUNCTION"),
+        (["--goal", "metric>=1", "--evaluator", "no_such_module:f"], "cannot be imported"),
+        (["--goal", "metric>=1", "--evaluator", "json:nothing"], "has no function 'nothing'"),
+        (["--goal", "sqnr>=1", "--recipe", "nonsense"], "nonsense"),
+    ],
+)
+def test_errors(more: list[str], message: str, tmp_path: Path, capsys: Captured) -> None:
+    assert main(["tune", MODEL, str(tmp_path / "t.onnx"), "--calib", CALIB, *more]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
