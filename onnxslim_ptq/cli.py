@@ -31,7 +31,8 @@ from onnxslim_ptq.errors import DeviceError, QuantizationError, VerificationErro
 
 __all__ = ["app", "main"]
 
-OK, UNEXPECTED, BAD_INPUT, NOT_VERIFIED, NO_DEVICE, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 4, 130, 143
+OK, UNEXPECTED, BAD_INPUT, NOT_VERIFIED, NO_DEVICE, GOAL_MISSED = 0, 1, 2, 3, 4, 5
+INTERRUPTED, TERMINATED = 130, 143
 # Typer's own copy of this class or click's, depending on the version of Typer.
 _ClickException = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
