@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 
 from onnxslim_ptq.commands.console import Bars, columns, db, emit_json, program, say, warn
 from onnxslim_ptq.commands.options import (
@@ -107,6 +106,8 @@ def tune(
 
     Exit code 5 when the goal was missed: the best result is then in OUT.best.
     """
+    import yaml
+
     from onnxslim_ptq.analysis.goal import Goal
     from onnxslim_ptq.commands.samples import with_data
     from onnxslim_ptq.tuning import tune as run
