@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -89,10 +90,12 @@ def quantized(proto: onnx.ModelProto, feeds: Sequence[Feed] | None = None, **opt
     return quantize(proto, calib_data=list(feeds) if feeds is not None else feeds_for(proto), **options)
 
 
-def session_of(proto: onnx.ModelProto) -> ort.InferenceSession:
-    """A plain CPU session as any user would make it."""
+def session_of(proto: onnx.ModelProto, optimized: Path | None = None) -> ort.InferenceSession:
+    """A plain CPU session as any user would make it; ``optimized``: where to write the graph that it runs."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
     return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 

@@ -23,6 +23,7 @@ class Target:
 
     ``output_q``: operators whose integer kernel is only used when the output is quantized as well.
     ``depthwise_pays``: whether an integer depthwise Conv is faster than the float one between float values.
+    ``integer_sums``: whether an Add of two quantized values is an integer kernel too when its sum is quantized.
     ``float16_cast``: a float16 model computes its quantized layers in float32 between casts (no float16 kernels).
     ``optimizes_here``: ONNX Runtime on this machine is the target, so its optimized graph is checked for weights
     that would be dequantized at every run. ``exporter`` names the form of the written graph (export.renderers).
@@ -38,6 +39,7 @@ class Target:
     ops: frozenset[str]
     output_q: frozenset[str]
     per_channel: frozenset[str]
+    integer_sums: bool
     bias: BiasForm
     float16_cast: bool
     depthwise_pays: bool
@@ -63,6 +65,7 @@ TARGETS: dict[str, Target] = {
             _LINEAR,
             frozenset({"Conv"}),
             _LINEAR,
+            True,
             BiasForm.INT32,
             True,
             False,
@@ -78,6 +81,7 @@ TARGETS: dict[str, Target] = {
             _LINEAR,
             frozenset(),
             _LINEAR,
+            False,
             BiasForm.INT32,
             False,
             True,
@@ -108,6 +112,7 @@ TARGETS: dict[str, Target] = {
             _LINEAR,
             frozenset(),
             _LINEAR,
+            False,
             BiasForm.FLOAT,
             False,
             True,
@@ -124,6 +129,7 @@ TARGETS: dict[str, Target] = {
             _LINEAR,
             frozenset(),
             _LINEAR,
+            False,
             BiasForm.FLOAT,
             False,
             True,
@@ -139,6 +145,7 @@ TARGETS: dict[str, Target] = {
             frozenset({"Conv", "Gemm", "MatMul"}),
             frozenset(),
             frozenset({"Conv"}),
+            False,
             BiasForm.INT32,
             False,
             True,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,8 +36,8 @@ class PlacedTensor:
     """A value to be quantized once: ``readers`` are the layers that multiply it with a weight, ``producers`` those
     that make it, perhaps through an activation function.
 
-    ``at_result``: quantized where it is produced, for every reader, because the producing layer's integer kernel needs
-    a quantized output.
+    ``at_result``: quantized where it is produced, for every reader, because the integer kernel that makes it needs a
+    quantized output.
     """
 
     params: str
@@ -147,6 +147,8 @@ def place(
         wanted = layer.op in target.output_q or name in output_q
         if wanted and isinstance(choice.activation, StaticActivation):
             _quantize_output(graph, placement, layer, choice.activation)
+    if target.integer_sums:
+        _quantize_sums(graph, placement)
     return placement
 
 
@@ -160,33 +162,62 @@ def _quantize_output(graph: Graph, placement: Placement, layer: Linear, choice: 
     tensor = after_activation(graph, graph.node(layer.node), choice)
     existing = [p for p in placement.tensors.values() if p.tensor == tensor.name]
     if existing:
-        kept, *others = existing
-        kept.at_result = True
-        kept.producers.append(layer)
-        for other in others:
-            kept.readers += other.readers
-            del placement.tensors[other.params]
-            placement.notes += [
-                f"{reader.node}: its input '{tensor.name}' is quantized where {layer.node} makes it, with "
-                f"the range of {kept.readers[0].node}"
-                for reader in other.readers
-            ]
+        _share(placement, existing, layer.node).producers.append(layer)
         return
     spec = QuantSpec(choice.dtype, PerTensor(), choice.symmetric)
     key = activation_params(tensor.name, choice)
     placement.tensors[key] = PlacedTensor(key, tensor.name, spec, choice, producers=[layer], at_result=True)
 
 
+def _quantize_sums(graph: Graph, placement: Placement) -> None:
+    """Quantize at the result of an Add what layers read, where both its inputs are quantized where they are made.
+
+    The Add between integer layers is then an integer one, and the value does not leave their memory layout.
+    """
+    by_tensor: dict[str, list[PlacedTensor]] = {}
+    for placed in placement.tensors.values():
+        by_tensor.setdefault(placed.tensor, []).append(placed)
+    integer = {name for name, found in by_tensor.items() if any(p.at_result for p in found)}
+    for node in graph.nodes:
+        if node.op != "Add" or not all(i.name in integer for i in node.inputs):
+            continue
+        for tensor in (node.outputs[0], _rectified(graph, node.outputs[0])):
+            found = by_tensor.get(tensor.name, [])
+            if found and (tensor is node.outputs[0] or not found[0].choice.symmetric):
+                _share(placement, found, node.name)
+                integer.add(tensor.name)
+                break
+
+
+def _share(placement: Placement, found: Sequence[PlacedTensor], maker: str) -> PlacedTensor:
+    """The first of ``found``, which say how one tensor is quantized, for all its readers, where ``maker`` makes it."""
+    kept, *others = found
+    kept.at_result = True
+    for other in others:
+        kept.readers += other.readers
+        del placement.tensors[other.params]
+        placement.notes += [
+            f"{reader.node}: its input '{kept.tensor}' is quantized where {maker} makes it, with "
+            f"the range of {kept.readers[0].node}"
+            for reader in other.readers
+        ]
+    return kept
+
+
 def after_activation(graph: Graph, node: gs.Node, choice: StaticActivation) -> gs.Tensor:
     """The output of ``node``, or of a Relu or Clip(0, ..) that alone reads it: integer kernels absorb those when the
     lowest code means 0."""
-    output = node.outputs[0]
-    reader = graph.sole_consumer(output)
-    if reader is None or choice.symmetric:
-        return output
-    if reader.op == "Relu" or (reader.op == "Clip" and _clips_at_zero(graph, reader)):
+    return node.outputs[0] if choice.symmetric else _rectified(graph, node.outputs[0])
+
+
+def _rectified(graph: Graph, value: gs.Tensor) -> gs.Tensor:
+    """``value``, or what a Relu or Clip(0, ..) that alone reads it makes of it."""
+    reader = graph.sole_consumer(value)
+    if reader is not None and (
+        reader.op == "Relu" or (reader.op == "Clip" and _clips_at_zero(graph, reader))
+    ):
         return reader.outputs[0]
-    return output
+    return value
 
 
 def _clips_at_zero(graph: Graph, clip: gs.Node) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 
 import numpy as np
@@ -22,9 +22,12 @@ from onnxslim_ptq.workspace import Workspace
 
 __all__ = ["apply", "probes"]
 
-# What `auto` tries, for values that layers read and for values quantized for the sake of their producer alone.
-_FOR_READERS = ("minmax", "mse")
-_FOR_PRODUCERS = ("minmax", "after16", "after")
+# What `auto` tries, for values that layers read and for values quantized for the sake of their producer alone. The
+# first is the one to beat: few samples judge, so a smaller gain is chance.
+_FOR_READERS = ("histogram", "minmax")
+_FOR_PRODUCERS = ("histogram", "minmax", "after")
+_GAIN = 0.2  # dB
+_CLIPPED = 16.0  # how often a clipped value counts in `after`
 _JUDGED_ELEMENTS = 1.5e7  # tensor elements that judging one candidate may touch
 _FEWEST, _MOST = 3, 16
 _BLOCKS = 4
@@ -96,9 +99,8 @@ def _candidates(
 ) -> dict[str, dict[str, Range]]:
     found = {key: candidates(placement.tensors[key], h) for key, h in histograms.items()}
     alone = {key: placement.tensors[key] for key in histograms if not placement.tensors[key].readers}
-    for name, weight in (("after", 1.0), ("after16", 16.0)):
-        for key, rng in after_ranges(workspace.graph, alone, histograms, weight).items():
-            found[key][name] = rng
+    for key, rng in after_ranges(workspace.graph, alone, histograms, _CLIPPED).items():
+        found[key]["after"] = rng
     return found
 
 
@@ -112,7 +114,7 @@ def _best_assignment(
     samples: int,
 ) -> Ranges:
     """The methods with the smallest output error: first one per role for the whole graph, then, block after block of
-    the graph, whatever alternative betters that."""
+    the graph, whatever alternative betters that by `_GAIN`."""
     judge = workspace.judge(plan, samples, plain)
     seen: dict[tuple[bytes, ...], float] = {}
 
@@ -128,11 +130,16 @@ def _best_assignment(
         {key: pair[roles[key] is _FOR_PRODUCERS] for key in searched}
         for pair in product(_FOR_READERS, _FOR_PRODUCERS)
     ]
-    best = max(uniform, key=score)
+
+    def better(best: dict[str, str], others: Sequence[dict[str, str]]) -> dict[str, str]:
+        other = max(others, key=score)
+        return other if score(other) > score(best) + _GAIN else best
+
+    best = better(uniform[0], uniform)
     for block in np.array_split(list(searched), _BLOCKS):
         for role in (_FOR_READERS, _FOR_PRODUCERS):
             changed = [key for key in block.tolist() if roles[key] is role]
-            best = max([best, *(best | dict.fromkeys(changed, method) for method in role)], key=score)
+            best = better(best, [best | dict.fromkeys(changed, method) for method in role])
     return fixed | {key: (searched[key][method], method) for key, method in best.items()}
 
 

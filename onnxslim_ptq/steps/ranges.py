@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calib.errors import CalibrationError
-from calib.ranges import Grid, MinMax, Mse
+from calib.ranges import Grid, Histogram, MinMax
 from calib.ranges.grid import range_from
 from calib.stats import HistogramStats
 from calib.types import Probe, Range, Stats
@@ -70,12 +70,14 @@ def fixed_range(placed: PlacedTensor, stats: Mapping[Probe, Stats]) -> Range:
 
 
 def candidates(placed: PlacedTensor, histogram: HistogramStats) -> dict[str, Range]:
-    """Named ranges for a tensor under ``auto``: its extremes and, where layers read it, its smallest squared error."""
+    """Named ranges for a tensor under ``auto``: smallest squared error on the `Histogram` path, and its extremes."""
     grid = grid_of(placed.spec)
     require_values(placed, histogram)
     stats: dict[str, Stats] = {"histogram": histogram}
-    found = {"minmax": MinMax().range_of(stats, grid)}
-    return found | {"mse": Mse().range_of(stats, grid)} if placed.readers else found
+    return {
+        "histogram": Histogram().range_of(stats, grid),
+        "minmax": MinMax().range_of(stats, grid),
+    }
 
 
 def require_values(placed: PlacedTensor, histogram: HistogramStats) -> None:

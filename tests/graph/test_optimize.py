@@ -246,3 +246,54 @@ class TestGemm:
         body = """g (float[3,4] x) => (float[3,6] y, float[3,6] z) {
             y = Gemm <beta = 0.5> (x, w, b) z = Gemm <beta = 4.0> (x, w, b) }"""
         optimized(body, {"w": CONV[:, :, 0, 0].T.copy(), "b": BIAS}, "Gemm Gemm")
+
+
+class TestPad:
+    """Pad with zeros before Conv."""
+
+    PADS = np.array([0, 0, 1, 2, 0, 0, 3, 0])
+
+    def body(self, pad: str, conv: str = "", outputs: str = "float[N,6,H,W] y", more: str = "") -> str:
+        return f"g ({INPUT}) => ({outputs}) {{ p = Pad{pad} y = Conv{conv} (p, w) {more} }}"
+
+    @pytest.mark.parametrize(
+        "conv", ["", "<pads = [1, 1, 0, 2]>", '<auto_pad = "VALID">', "<strides = [2, 2]>"]
+    )
+    @pytest.mark.parametrize("value", ["", ", zero"])
+    def test_becomes_part_of_the_conv(self, conv: str, value: str) -> None:
+        weights = {"w": CONV, "pads": self.PADS, "zero": np.float32(0)}
+        graph = optimized(self.body(f"(x, pads{value})", conv), weights, "Conv")
+        own = [1, 1, 0, 2] if "pads" in conv else [0] * 4
+        assert graph.nodes[0].attrs["pads"] == [a + b for a, b in zip([1, 2, 3, 0], own, strict=True)]
+
+    def test_old_opset(self) -> None:
+        body = self.body("<pads = [0, 0, 1, 2, 0, 0, 3, 0]> (x)")
+        optimized(body, {"w": CONV}, "Conv", opset=9)
+
+    def test_every_conv_that_reads_it(self) -> None:
+        body = self.body("(x, pads)", "", "float[N,6,H,W] y, float[N,6,H,W] z", "z = Conv (p, v)")
+        optimized(body, {"w": CONV, "v": 2 * CONV, "pads": self.PADS}, "Conv Conv")
+
+    def test_other_readers_keep_it(self) -> None:
+        body = self.body("(x, pads)", "", "float[N,6,H,W] y, float[N,4,H,W] z", "z = Relu (p)")
+        optimized(body, {"w": CONV, "pads": self.PADS}, "Pad Conv Relu")
+
+    def test_an_output_stays(self) -> None:
+        body = self.body("(x, pads)", "", "float[N,6,H,W] y, float[N,4,H,W] p")
+        optimized(body, {"w": CONV, "pads": self.PADS}, "Pad Conv")
+
+    @pytest.mark.parametrize(
+        ("pad", "conv", "pads"),
+        [
+            ("(x, pads, one)", "", PADS),
+            ('<mode = "reflect"> (x, pads)', "", PADS),
+            ("(x, pads)", '<auto_pad = "SAME_UPPER">', PADS),
+            ("(x, pads)", "", np.array([0, 0, 1, -1, 0, 0, 1, 1])),
+            ("(x, pads)", "<group = 2>", np.array([0, 2, 0, 0, 0, 2, 0, 0])),
+            ("(x, pads, , axes)", "", np.array([1, 1])),
+        ],
+        ids=["value", "mode", "auto_pad", "crop", "channels", "axes"],
+    )
+    def test_stays(self, pad: str, conv: str, pads: Array) -> None:
+        weights = {"w": CONV, "pads": pads, "one": np.float32(1), "axes": np.array([3])}
+        optimized(self.body(pad, conv), weights, "Pad Conv", opset=18)

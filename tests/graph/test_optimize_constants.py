@@ -70,6 +70,32 @@ class TestConstants:
         assert optimize(graph)["constants"] == 0
         assert time.perf_counter() - start < 1
 
+    def test_pads_as_torch_writes_them(self) -> None:
+        body = """g (float[N,4,9,9] x) => (float[N,4,11,10] y) {
+            z = ConstantOfShape <value = int64[1] {0}> (four) c = Concat <axis = 0> (last, z)
+            r = Reshape (c, pairs) s = Slice (r, back, least, first, back) t = Transpose <perm = [1, 0]> (s)
+            f = Reshape (t, back) pads = Cast <to = 7> (f) y = Pad (x, pads) }"""
+        weights = {
+            "four": [4],
+            "last": [0, 1, 1, 1],
+            "pairs": [-1, 2],
+            "back": [-1],
+            "least": [-(2**63) + 1],
+            "first": [0],
+        }
+        graph = Graph(open_model(parse(body, {k: np.array(v) for k, v in weights.items()})))
+        optimize(graph)
+        assert [n.op for n in graph.nodes] == ["Pad"]
+        pads = graph.value(graph.nodes[0].inputs[1])
+        assert pads is not None
+        assert pads.tolist() == [0, 0, 1, 0, 0, 0, 1, 1]
+
+    @pytest.mark.parametrize("sizes", [[1 << 20, 1 << 20], [-4]])
+    def test_impossible_shapes_stay(self, sizes: list[int]) -> None:
+        body = "g (float[N] x) => (float[N] y) { big = ConstantOfShape (sizes) y = local.Use (x, big) }"
+        graph = Graph(open_model(parse(body, {"sizes": np.array(sizes)})))
+        assert optimize(graph)["constants"] == 0
+
     def test_concat_bomb_stops(self) -> None:
         nodes = [helper.make_node("Concat", [f"c{i}"] * 2, [f"c{i + 1}"], axis=0) for i in range(40)]
         proto = parse(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -185,6 +186,50 @@ class TestTargets:
         assert placement.skipped == {"c1": "because"}
         assert list(placement.layers) == ["c2"]
         assert not any(p.tensor == "x" for p in placement.tensors.values())
+
+
+class TestSums:
+    BODY = "[c1] h = Conv (x, w, b) [c2] k = Conv (x, w, b) s = Add (h, k) [c3] y = Conv (s, u)"
+
+    def test_a_sum_of_conv_outputs_is_quantized_where_it_is_made(self) -> None:
+        assert results(placed(self.BODY)[2]) == ["s", "h", "k", "y"]
+
+    @pytest.mark.parametrize("target", ["generic", "tensorrt", "openvino"])
+    def test_not_elsewhere(self, target: str) -> None:
+        assert results(placed(self.BODY, target)[2]) == []
+
+    def test_behind_its_relu(self) -> None:
+        body = self.BODY.replace("[c3] y = Conv (s, u)", "r = Relu (s) [c3] y = Conv (r, u)")
+        assert "r" in results(placed(body)[2])
+
+    def test_a_sum_with_a_float_value_is_not(self) -> None:
+        body = "[c1] h = Conv (x, w, b) k = Sin (h) s = Add (h, k) [c2] y = Conv (s, u)"
+        assert results(placed(body)[2]) == ["h", "y"]
+
+    def test_a_sum_that_no_layer_reads_is_not(self) -> None:
+        body = "[c1] h = Conv (x, w, b) [c2] k = Conv (x, w, b) s = Add (h, k) y = ReduceMax <axes = [1]> (s)"
+        assert results(placed(body)[2]) == ["h", "k"]
+
+    def test_sums_of_sums(self) -> None:
+        body = (
+            "[c1] h = Conv (x, w, b) [c2] k = Conv (x, w, b) s = Add (h, k) [c3] m = Conv (s, id) t = Add (s, m)"
+            "[c4] y = Conv (t, u)"
+        )
+        graph = graph_of(
+            f"g (float[N,3,8,8] x) => (float[N,4,8,8] y) {{ {body} }}", CONV | weights_of(2, id=(8, 8, 1, 1))
+        )
+        changes = {"dtype": UINT8}
+        row = TARGETS["cpu"]
+        plan = place(
+            graph, choose(graph, PLAIN, **dict.fromkeys(("c1", "c2", "c3", "c4"), changes)), row
+        ).plan(row)
+        assert {"s", "t"} <= set(results(plan))
+
+    def test_onnxruntime_adds_in_integers(self, tmp_path: Path) -> None:
+        proto = parse(f"g (float[N,3,8,8] x) => (float[N,4,8,8] y) {{ {self.BODY} }}", CONV)
+        written = tmp_path / "optimized.onnx"
+        session_of(quantized(proto).model, written)
+        assert "QLinearAdd" in {n.op_type for n in onnx.load(written).graph.node}
 
 
 def test_a_graph_output_is_quantized_too() -> None:

@@ -10,6 +10,7 @@ from onnxslim_ptq.graph.optimize.batchnorm import fold_batchnorm
 from onnxslim_ptq.graph.optimize.constants import fold_constants
 from onnxslim_ptq.graph.optimize.gemm import normalize_gemm
 from onnxslim_ptq.graph.optimize.hard_sigmoid import form_hard_sigmoid
+from onnxslim_ptq.graph.optimize.pad import fold_pad
 
 __all__ = ["PASSES", "optimize"]
 
@@ -19,6 +20,7 @@ PASSES: dict[str, Callable[[Graph], int]] = {
     "affine": fold_affine,
     "gemm": normalize_gemm,
     "hard_sigmoid": form_hard_sigmoid,
+    "pad": fold_pad,
 }
 
 

@@ -31,6 +31,7 @@ _FOLDABLE = _BROADCASTING | {
     "Reciprocal",
     "Slice",
     "Concat",
+    "ConstantOfShape",
 }
 _SMALL = 1 << 16  # bytes up to which a result is folded wherever it is used
 _LARGEST = 1 << 31
@@ -85,6 +86,9 @@ def _largest_result(node: gs.Node, inputs: list[Array]) -> int:
         return math.prod(shape) * max(v.dtype.itemsize for v in inputs)
     if node.op == "Cast":
         return inputs[0].size * 16
+    if node.op == "ConstantOfShape":  # negative sizes are invalid; the runtime will say so
+        sizes = [int(v) for v in inputs[0].reshape(-1)]
+        return math.prod(sizes) * 16 if min(sizes, default=0) >= 0 else _LARGEST + 1
     if node.op == "Concat":
         return sum(v.nbytes for v in inputs) * len(node.inputs)  # one input may come several times
     return inputs[0].nbytes
