@@ -19,10 +19,10 @@ from onnxslim_ptq.commands.analyze import analyze
 from onnxslim_ptq.commands.calibrate import calibrate
 from onnxslim_ptq.commands.compare import compare
 from onnxslim_ptq.commands.console import emit_json, note, one_line, program, say
+from onnxslim_ptq.commands.convert import convert
 from onnxslim_ptq.commands.doctor import doctor
 from onnxslim_ptq.commands.export import export
 from onnxslim_ptq.commands.inspect import inspect
-from onnxslim_ptq.commands.later import LATER
 from onnxslim_ptq.commands.merge_stats import merge_stats
 from onnxslim_ptq.commands.quantize import quantize
 from onnxslim_ptq.commands.recipes import recipes
@@ -102,10 +102,9 @@ app.command()(compare)
 app.command()(export)
 app.command()(analyze)
 app.command()(tune)
+app.command()(convert)
 app.command()(recipes)
 app.command()(doctor)
-for _name, _command in LATER.items():
-    app.command(_name, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -27,7 +27,6 @@ from calib.readers.preprocess import PRESETS
 from calib.readers.tokens import _MAX_FILE
 from onnxslim_ptq import cli
 from onnxslim_ptq.cli import app, main
-from onnxslim_ptq.commands.later import LATER
 from onnxslim_ptq.core.targets import TARGETS, BiasForm
 from onnxslim_ptq.graph.optimize import PASSES
 from onnxslim_ptq.recipe import STEP_RANGES, QuantizeStep, Recipe, recipe_names
@@ -108,7 +107,6 @@ def _options() -> dict[str, dict[str, bool]]:
             if p.param_type_name == "option"
         }
         for name, command in root.commands.items()
-        if name not in LATER
     }
     return {**found, "": {option: False for p in root.params for option in p.opts}}
 
@@ -178,10 +176,6 @@ class TestOptions:
         for arguments in _examples(page):
             command = arguments[0] if arguments[0] in known else "quantize"
             assert {a for a in arguments if a.startswith("--")} <= set(known[command])
-
-    def test_commands_to_come_are_named(self) -> None:
-        paragraph = next(p for p in _text("docs/commands.md").split("\n\n") if TO_COME in p)
-        assert set(LATER) <= set(re.findall(r"`([a-z-]+)`", paragraph))
 
     def test_every_command_is_in_the_table(self) -> None:
         rows = _table(_text("docs/commands.md"), "| command |")

@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from safetensors.numpy import load_file
 
 from calib.types import Array, Range
 from onnxslim_ptq.core.dtypes import INT4, INT8
+from onnxslim_ptq.core.pack import pack_int4, unpack_int4
 from onnxslim_ptq.core.qmath import params_from_range
 from onnxslim_ptq.core.spec import PerChannel, PerTensor, QuantSpec
 from onnxslim_ptq.frontends.golden_stick import (
@@ -32,12 +34,12 @@ from onnxslim_ptq.frontends.golden_stick import (
     RoundToNearest,
     SmoothQuant,
     SmoothQuantConfig,
+    export_checkpoint,
     int4,
     int8,
     load_checkpoint,
     save_checkpoint,
 )
-from onnxslim_ptq.frontends.golden_stick.checkpoint import pack_int4, unpack_int4
 from tests import decoders
 from tests.decoders import appending
 from tests.graph.models import parse
@@ -519,3 +521,51 @@ class TestEntryPoints:
         assert entry.summary(net)["layers.0.up"] == "SmoothQuant-W8-per_tensor-A8-per_tensor"
         assert net.result is not None
         assert net.result.metrics["sqnr_db"] > 25
+
+
+class TestExport:
+    """The parameters under Golden Stick's names compute what the written graph computes."""
+
+    def test_smoothed_w8a8(self, tmp_path: Path) -> None:
+        _, net = quantized(network(), samples(), **A8, outliers_suppression=SMOOTH)
+        found = load_file(export_checkpoint(net, tmp_path / "g.safetensors"))
+        layer = "layers.0.up"
+        assert found[f"{layer}.quant_op.input_scale"].shape == (WIDTH,)
+        assert found[f"{layer}.quant_op.input_zp"].shape == (WIDTH,)
+        assert not any(name.endswith(".scaled.by") for name in found)
+        x = samples()[0]["x"]
+        scale, zero = (found[f"{layer}.quant_op.input_{part}"] for part in ("scale", "zp"))
+        codes = np.clip(np.rint(x / scale) + zero, -128, 127).astype(np.int64)
+        deq = found[f"{layer}._layer.matmul.dequant_scale"].astype(np.int32).view(np.float32)
+        sums = codes @ found[f"{layer}._layer.weight"].astype(np.int64).T
+        ours = (sums + found[f"{layer}._layer.matmul.quant_bias"]) * deq
+        proto = net.model
+        proto.graph.output.append(onnx.ValueInfoProto(name="a"))
+        seen = outputs_of(proto, [{"x": x}])[0][1]
+        assert np.abs(ours - seen).max() < 0.02 * np.abs(seen).max()
+        assert np.linalg.norm(ours - seen) < 2e-3 * np.linalg.norm(seen)
+        np.testing.assert_array_equal(found["layers.0.down._layer.bias"], _bias())
+
+    def test_smooth_scale_per_token(self, tmp_path: Path) -> None:
+        _, net = quantized(network(), samples(), **TOKEN, outliers_suppression=SMOOTH)
+        found = load_file(export_checkpoint(net, tmp_path / "g.safetensors"))
+        factor = net.parameters_dict()["x.scaled.by"]
+        np.testing.assert_allclose(found["layers.0.up._layer.matmul.smooth_scale"], factor, rtol=1e-6)
+        assert "layers.0.up._layer.matmul.weight_zp" not in found
+
+    @pytest.mark.parametrize("fields", [W4, {**W4, **GROUP}])
+    def test_int4(self, fields: dict[str, Any], tmp_path: Path) -> None:
+        _, net = quantized(network(), samples(), **fields)
+        found = load_file(export_checkpoint(net, tmp_path / "g.safetensors"))
+        codes = unpack_int4(found["layers.0.up._layer.weight"])
+        scale = found["layers.0.up._layer.matmul.weight_scale"]
+        weight = next(onnx.numpy_helper.to_array(t) for t in network().graph.initializer if t.name == "w0")
+        assert scale.shape == ((WIDTH,) if fields == W4 else (WIDTH // 64, WIDTH))
+        scale = np.atleast_2d(scale)
+        rows = scale.repeat(WIDTH // len(scale), axis=0)
+        assert (np.abs(codes * rows - weight) <= rows * 0.5001).all()
+
+    def test_only_after_quantize(self, tmp_path: Path) -> None:
+        deploy = PTQ(PTQConfig(mode=PTQMode.DEPLOY, backend=NONE))
+        with pytest.raises(ValueError, match="only the network of a QUANTIZE run"):
+            export_checkpoint(deploy.convert(deploy.apply(network())), tmp_path / "g.safetensors")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from onnxslim_ptq.frontends.golden_stick.algorithms import AWQConfig, GPTQQuantConfig, SmoothQuantConfig
-from onnxslim_ptq.frontends.golden_stick.checkpoint import load_checkpoint, save_checkpoint
+from onnxslim_ptq.frontends.golden_stick.checkpoint import export_checkpoint, load_checkpoint, save_checkpoint
 from onnxslim_ptq.frontends.golden_stick.config import PTQConfig
 from onnxslim_ptq.frontends.golden_stick.dtypes import (
     BackendTarget,
@@ -34,6 +34,7 @@ __all__ = [
     "RoundToNearest",
     "SmoothQuant",
     "SmoothQuantConfig",
+    "export_checkpoint",
     "int4",
     "int8",
     "load_checkpoint",

@@ -8,14 +8,14 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from calib.types import Array
-from onnxslim_ptq.errors import QuantizationError
-from onnxslim_ptq.export.files import AtomicFiles, create, output_paths
+from onnxslim_ptq.core.pack import pack_int4, unpack_int4
+from onnxslim_ptq.export.interchange import write_tensors
 from onnxslim_ptq.frontends.golden_stick.network import Network
+from onnxslim_ptq.frontends.golden_stick.parameters import golden_stick_parameters
 
-__all__ = ["load_checkpoint", "pack_int4", "save_checkpoint", "unpack_int4"]
+__all__ = ["export_checkpoint", "load_checkpoint", "save_checkpoint"]
 
 _PACKED = "packed_int4"
 
@@ -35,14 +35,20 @@ def save_checkpoint(network: Network, path: str | Path) -> Path:
             even = values.ndim > 0 and values.shape[-1] % 2 == 0
             arrays[name] = pack_int4(values) if even else values.astype(np.int8)
         else:
-            arrays[name] = np.ascontiguousarray(values).reshape(values.shape)  # scalars stay scalars
-    out = Path(path)
-    data = save(arrays, metadata={_PACKED: json.dumps(packed, sort_keys=True)})
-    hidden = output_paths(out.with_name(f"{out.name}.onnx"), "", "")
-    with AtomicFiles(hidden) as files:
-        with create(files.folder / out.name) as file:
-            file.write(data)
-        (files.folder / out.name).replace(out)
+            arrays[name] = values
+    (out,) = write_tensors(Path(path), arrays, metadata={_PACKED: json.dumps(packed, sort_keys=True)})
+    return out
+
+
+def export_checkpoint(network: Network, path: str | Path) -> Path:
+    """Write the parameters of a QUANTIZE run under Golden Stick's names (`onnxslim_ptq.export.golden_stick`).
+
+    A layer's smoothing is part of its ``input_scale`` then, or of ``smooth_scale`` behind per-token activations. Raises
+    ValueError without a QUANTIZE run, GraphError for a layer whose form these names do not have.
+    """
+    if network.result is None:
+        raise ValueError("only the network of a QUANTIZE run knows its scales; apply PTQ in that mode")
+    (out,) = write_tensors(Path(path), golden_stick_parameters(network.result))
     return out
 
 
@@ -61,23 +67,3 @@ def load_checkpoint(path: str | Path, network: Network) -> None:
             plain = arrays[name] if whole else unpack_int4(arrays[name], unsigned=kind == "uint4")
             arrays[name] = plain.astype(np.dtype(kind))
     network.load(arrays)
-
-
-def pack_int4(codes: Array) -> Array:
-    """Two neighbours along the last axis in one byte, the first in the low nibble: int8 [..., n / 2].
-
-    Source: Golden Stick's qint4x2 weights, [ic, oc / 2].
-    """
-    if codes.shape[-1] % 2:
-        raise QuantizationError(f"int4 codes of shape {list(codes.shape)} have no pairs along the last axis")
-    nibbles = codes.astype(np.int8).astype(np.uint8) & 0xF
-    return (nibbles[..., 0::2] | nibbles[..., 1::2] << 4).view(np.int8)
-
-
-def unpack_int4(packed: Array, *, unsigned: bool = False) -> Array:
-    """What `pack_int4` packed, as int8 (uint8 for ``unsigned``)."""
-    raw = packed.view(np.uint8)
-    nibbles = np.stack([raw & 0xF, raw >> 4], axis=-1).reshape(*raw.shape[:-1], -1)
-    if unsigned:
-        return nibbles
-    return ((nibbles ^ 8).astype(np.int8) - 8).astype(np.int8)
