@@ -33,6 +33,7 @@ class Entropy:
 
     bins: int = 2048
 
+    needs_tails: ClassVar[bool] = True
     kinds: ClassVar[tuple[str, ...]] = ("histogram",)
     __pydantic_config__: ClassVar[dict[str, str]] = {
         "extra": "forbid"

@@ -46,7 +46,7 @@ def range_probes(placed: PlacedTensor) -> list[Probe]:
     kinds: tuple[str, ...] = ("histogram",) if isinstance(method, str) else method.kinds
     # Whatever the method, NaN and Inf are counted and named; a histogram's extent or minmax does that.
     watch = () if "histogram" in kinds or "minmax" in kinds else ("minmax",)
-    if getattr(method, "needs_tails", False):  # a share of 1e-5 shows in all values only
+    if getattr(method, "needs_tails", False):  # a rare value that is not counted looks like an empty tail
         return [Probe(placed.tensor, kind) for kind in (*kinds, *watch)]
     return [range_probe(placed.tensor, kind) for kind in (*kinds, *watch)]
 
