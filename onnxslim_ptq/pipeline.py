@@ -46,7 +46,7 @@ _PER_CHANNEL_OPSET = 13
 @dataclass(frozen=True)
 class Job:
     """Everything the main job needs; data sets are already open and split. Those from ``gathering``
-    to ``synthetic`` are the `Workspace`'s; ``passes`` names the graph simplifications (None: all that are exact)."""
+    on are the `Workspace`'s."""
 
     source: Model
     recipe: Recipe
@@ -65,7 +65,6 @@ class Job:
     recorded: Statistics | None = None
     record: Statistics | None = None
     synthetic: bool = False
-    passes: Collection[str] | None = None
 
 
 @dataclass
@@ -221,7 +220,7 @@ def float_graph(job: Job, notes: list[str]) -> Graph:
     graph = Graph(model, job.spool.keep if job.spool is not None else None)
     if graph.opset != before:
         notes.append(f"opset raised from {before} to {graph.opset}: per-channel weight scales need it")
-    folded = {name: n for name, n in optimize(graph, job.passes).items() if n}
+    folded = {name: n for name, n in optimize(graph, job.recipe.passes).items() if n}
     if folded:
         notes.append("float graph simplified: " + ", ".join(f"{n} {name}" for name, n in folded.items()))
     return graph

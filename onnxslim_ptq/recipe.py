@@ -22,6 +22,7 @@ from onnxslim_ptq.core.config import Config, Patterns, problem
 from onnxslim_ptq.core.match import Pattern
 from onnxslim_ptq.core.targets import TARGETS
 from onnxslim_ptq.errors import RecipeError
+from onnxslim_ptq.graph.optimize import ALL as ALL_PASSES
 from onnxslim_ptq.recipes.data import SCHEMA as DATA_SCHEMA
 from onnxslim_ptq.recipes.data import DataConfig
 from onnxslim_ptq.recipes.explain import explain
@@ -105,6 +106,7 @@ class Recipe(Config):
     target: Annotated[str, AfterValidator(one_of(TARGETS))] = "cpu"
     data: DataConfig = DataConfig()
     names: dict[str, str] = Field(default_factory=dict)
+    passes: tuple[Annotated[str, AfterValidator(one_of(ALL_PASSES))], ...] | None = None
     steps: tuple[AnyStep, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -186,7 +188,8 @@ class Recipe(Config):
         """Plain data that `load` turns into the same recipe: only the keys that were given, for they override."""
         given = self.model_dump(mode="json", exclude_unset=True)
         data = {key: given[key] for key in ("data", "names") if given.get(key)}
-        return {"version": self.version, "target": self.target, **data, "steps": given["steps"]}
+        passes = {"passes": given["passes"]} if self.passes is not None else {}
+        return {"version": self.version, "target": self.target, **data, **passes, "steps": given["steps"]}
 
     def with_data(self, **given: object) -> Recipe:
         """With keys of the data section replaced, as they stand in a recipe; RecipeError on a bad value."""

@@ -28,6 +28,7 @@ from calib.readers.tokens import _MAX_FILE
 from onnxslim_ptq import cli
 from onnxslim_ptq.cli import app, main
 from onnxslim_ptq.core.targets import TARGETS, BiasForm
+from onnxslim_ptq.graph.forms import APPROXIMATE, EXACT
 from onnxslim_ptq.graph.optimize import PASSES
 from onnxslim_ptq.recipe import STEP_RANGES, QuantizeStep, Recipe, recipe_names
 from onnxslim_ptq.recipes.data import DataConfig, PreprocessConfig, TextConfig
@@ -258,6 +259,7 @@ class TestTables:
             "target",
             "data",
             "names",
+            "passes",
             "steps",
             *(f"steps[].{key}" for key in _keys(QuantizeStep)),
         }
@@ -364,6 +366,9 @@ class TestTables:
     def test_passes(self) -> None:
         rows = _table(_text("docs/how-it-works.md"), "| pass |")
         assert [row[0].strip("`") for row in rows] == list(PASSES)
+        rows = _table(_text("docs/how-it-works.md"), "| form |")
+        named = [name for row in rows for name in re.findall(r"`(\w+)`", row[0])]
+        assert named == [*EXACT, *APPROXIMATE]
 
     def test_numbers(self) -> None:
         """Constants that are tuned from time to time."""

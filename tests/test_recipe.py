@@ -136,8 +136,8 @@ class TestFile:
     @pytest.mark.parametrize(
         ("content", "text"),
         [
-            ("", "expected a mapping with keys version, target, data, names, steps, got null"),
-            ("- a", "expected a mapping with keys version, target, data, names, steps, got ['a']"),
+            ("", "expected a mapping with keys version, target, data, names, passes, steps, got null"),
+            ("- a", "expected a mapping with keys version, target, data, names, passes, steps, got ['a']"),
             ("steps: [", "line 1, column 9: while parsing a flow node, expected the node content"),
             ("a: 1\nsteps: []\na: 2", "line 3, column 1: key 'a' is given twice; keep one"),
             ("a: &x [1]\nb: *x", "line 2, column 6: aliases (*name) are not accepted"),
@@ -198,9 +198,12 @@ class TestSchema:
             ({"steps": "quantize"}, "steps: expected a list, got 'quantize'; write ['quantize']"),
             (
                 {"stesp": []},
-                "stesp: unknown key (did you mean 'steps'?); accepted: version, target, data, names, steps",
+                "stesp: unknown key (did you mean 'steps'?); accepted: version, target, data, names, passes, steps",
             ),
-            ({"steps": [step()], 1: 2}, "1: unknown key; accepted: version, target, data, names, steps"),
+            (
+                {"steps": [step()], 1: 2},
+                "1: unknown key; accepted: version, target, data, names, passes, steps",
+            ),
             ({"steps": [step()], "version": 2}, "version: got 2; use 1"),
             ({"steps": [step()], "version": "1"}, "version: got '1'; use 1"),
             (

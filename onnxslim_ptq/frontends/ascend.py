@@ -133,7 +133,6 @@ class AscendJob:
     feeds: list[Feed]
     synthetic: bool
     per_channel: frozenset[str] = TARGETS["ascend"].per_channel
-    passes: Collection[str] | None = None
     device: str = "cpu"
 
     @property
@@ -143,7 +142,7 @@ class AscendJob:
     def plan(self) -> Planned:
         """Statistics, ranges and codes; layers whose input was always zero are left float."""
         data = Feeds(self.feeds)
-        job = Job(self.source, self.recipe, self.target, data, data, self.device, passes=self.passes)
+        job = Job(self.source, self.recipe, self.target, data, data, self.device)
         planned = make_plan(job)
         plan = planned.plan
         for use, slot in list(plan.weights.items()):

@@ -85,7 +85,7 @@ class QuantConfig:
         if self.is_dynamic_shape and not self.input_shape:
             raise ValueError("is_dynamic_shape needs input_shape, one list of sizes per input.")
 
-    def recipe(self, disabled: Sequence[str], ops: Iterable[str]) -> Recipe:
+    def recipe(self, disabled: Sequence[str], ops: Iterable[str], passes: list[str] | None) -> Recipe:
         """Label-free: nearest codes, ranges by ``calib_method``. Data-free: SQuant and the sigma rule."""
         free = self.quant_mode == 0
         step = {
@@ -97,7 +97,7 @@ class QuantConfig:
             "act": {"range": {"type": "msmodelslim"} if free else _METHODS[self.calib_method]},
             "bias_correction": False,
         }
-        return Recipe.load({"version": 1, "target": "ascend", "steps": [step]})
+        return Recipe.load({"version": 1, "target": "ascend", "passes": passes, "steps": [step]})
 
 
 def run_quantize(
@@ -127,8 +127,10 @@ def run_quantize(
     if quant_config.quant_mode == 0:
         feeds = feeds[:1]
     layers = layers_of(source, passes, _OPS)
-    recipe = quant_config.recipe(_disabled(quant_config, source, layers), {layer.op for layer in layers})
-    job = AscendJob(source, recipe, feeds, synthetic, per_channel=_OPS, passes=passes)
+    recipe = quant_config.recipe(
+        _disabled(quant_config, source, layers), {layer.op for layer in layers}, passes
+    )
+    job = AscendJob(source, recipe, feeds, synthetic, per_channel=_OPS)
     planned = job.plan()
     job.roll_back(planned, quant_config.amp_num, "l2")
     return job.write(planned, out)

@@ -14,6 +14,7 @@ from onnx import numpy_helper
 from onnxslim_ptq.errors import DeviceError, GraphError
 from onnxslim_ptq.frontends.squant_ptq import OnnxCalibrator, QuantConfig
 from onnxslim_ptq.frontends.squant_ptq.structures import STRUCTURES, passes_without
+from onnxslim_ptq.graph.optimize import ALL
 from tests.frontends import oracles
 from tests.graph.models import embedded, model_of
 from tests.models import weights_of
@@ -25,7 +26,7 @@ NETS = {
     "bert": nets.bert,
 }
 LABEL_FREE = {"quant_mode": 1, "act_method": 1}
-ALL = {"disable_first_layer": False, "disable_last_layer": False}
+ALL_LAYERS = {"disable_first_layer": False, "disable_last_layer": False}
 KEEP = {"admm": [False, 1000], "easy_quant": [False, 1000], "round_opt": False}
 
 
@@ -93,7 +94,7 @@ class TestActivations:
     def test_data_free(self, keep_minmax: bool, tmp_path: Path) -> None:
         """Only the first sample counts."""
         proto, data = convs(), samples(convs())
-        found = exported(proto, tmp_path, data, **ALL, sigma=0 if keep_minmax else 25)
+        found = exported(proto, tmp_path, data, **ALL_LAYERS, sigma=0 if keep_minmax else 25)
         inner = oracles.values_in(proto, {"x": data[0][0]}, [f["source"] for f in found.values()])
         assert len(found) == 6
         for layer in found.values():
@@ -108,7 +109,7 @@ class TestActivations:
     @pytest.mark.parametrize("symmetric", [False, True])
     def test_moving_average(self, symmetric: bool, tmp_path: Path) -> None:
         proto, data = convs(), samples(convs(), 6)
-        found = exported(proto, tmp_path, data, **ALL, **LABEL_FREE, a_sym=symmetric)
+        found = exported(proto, tmp_path, data, **ALL_LAYERS, **LABEL_FREE, a_sym=symmetric)
         names = [f["source"] for f in found.values()]
         inner = [oracles.values_in(proto, {"x": d[0]}, names) for d in data]
         for layer in found.values():
@@ -120,7 +121,9 @@ class TestActivations:
     def test_easy_quant_acts_in_both_modes(self, mode: dict[str, Any], tmp_path: Path) -> None:
         """The error of the chosen factor is that of the best of all thousand, up to the histogram's resolution."""
         proto, data = convs(), samples(convs(), 1)
-        found = exported(proto, tmp_path, data, **ALL, **mode, keep_acc={**KEEP, "easy_quant": [True, 1000]})
+        found = exported(
+            proto, tmp_path, data, **ALL_LAYERS, **mode, keep_acc={**KEEP, "easy_quant": [True, 1000]}
+        )
         inner = oracles.values_in(proto, {"x": data[0][0]}, [f["source"] for f in found.values()])
         for layer in found.values():
             x = inner[layer["source"]]
@@ -137,7 +140,7 @@ class TestWeights:
     def test_nearest_per_channel_and_deq(self, tmp_path: Path) -> None:
         proto = convs()
         stored = weights(proto)
-        for name, layer in exported(proto, tmp_path, samples(proto), **ALL, **LABEL_FREE).items():
+        for name, layer in exported(proto, tmp_path, samples(proto), **ALL_LAYERS, **LABEL_FREE).items():
             w, b = stored[f"w{name[1]}"], stored[f"b{name[1]}"]
             s = np.abs(w).reshape(len(w), -1).max(axis=1) / np.float64(127)
             s = s.astype(np.float32)
@@ -148,7 +151,7 @@ class TestWeights:
             np.testing.assert_allclose(layer["bias"], np.rint(b / deq.astype(np.float64)), atol=1)
 
     def test_gemm_and_matmul_have_one_scale(self, tmp_path: Path) -> None:
-        found = exported(nets.bert(), tmp_path, samples(nets.bert()), **ALL, **LABEL_FREE)
+        found = exported(nets.bert(), tmp_path, samples(nets.bert()), **ALL_LAYERS, **LABEL_FREE)
         assert {layer["deq"].size for layer in found.values() if layer["op"] != "Conv"} == {1}
 
     @pytest.mark.parametrize("mode", [{}, {**LABEL_FREE, "keep_acc": {**KEEP, "round_opt": True}}])
@@ -156,7 +159,7 @@ class TestWeights:
         """By one at most; per kernel |sum| < 1, per channel <= 1/2; some codes do move."""
         proto = convs()
         stored, moved = weights(proto), 0
-        for name, layer in exported(proto, tmp_path, samples(proto), **ALL, **mode).items():
+        for name, layer in exported(proto, tmp_path, samples(proto), **ALL_LAYERS, **mode).items():
             w = stored[f"w{name[1]}"].astype(np.float64)
             s = (np.abs(w).reshape(len(w), -1).max(axis=1) / 127).astype(np.float32).astype(np.float64)
             error = w / s[:, None, None, None] - layer["codes"]
@@ -171,7 +174,9 @@ class TestWeights:
         proto = convs()
         stored = weights(proto)
         keep = {**KEEP, "admm": [True, 20]}
-        for name, layer in exported(proto, tmp_path, samples(proto), **ALL, **mode, keep_acc=keep).items():
+        for name, layer in exported(
+            proto, tmp_path, samples(proto), **ALL_LAYERS, **mode, keep_acc=keep
+        ).items():
             deq = layer["deq"].astype(np.uint32).view(np.float32)
             for channel, w in enumerate(stored[f"w{name[1]}"]):
                 assert deq[channel] / layer["scale"] == pytest.approx(
@@ -183,7 +188,7 @@ class TestWhichLayers:
     @pytest.mark.parametrize("seed", [0, 1])
     def test_roll_back_ranks_by_the_mean_squared_error(self, seed: int, tmp_path: Path) -> None:
         proto, data = convs(seed), samples(convs(seed))
-        everything = exported(proto, tmp_path, data, **ALL, **LABEL_FREE)
+        everything = exported(proto, tmp_path, data, **ALL_LAYERS, **LABEL_FREE)
         stored = weights(proto)
         names = [n for i in range(6) for n in (everything[f"c{i}"]["source"], f"y{i}")]
         inner = oracles.values_in(proto, {"x": data[0][0]}, names)
@@ -208,7 +213,7 @@ class TestWhichLayers:
             score[name] = float(((y - inner[f"y{name[1]}"]) ** 2).mean())
         for count in (1, 3, 5):
             worst = sorted(score, key=lambda n: -score[n])[:count]
-            kept = exported(proto, tmp_path, data, **ALL, **LABEL_FREE, amp_num=count)
+            kept = exported(proto, tmp_path, data, **ALL_LAYERS, **LABEL_FREE, amp_num=count)
             assert set(kept) == set(score) - set(worst)
 
     def test_first_last_and_names(self, tmp_path: Path) -> None:
@@ -216,12 +221,12 @@ class TestWhichLayers:
         assert set(exported(proto, tmp_path, data)) == {"c1", "c2", "c3", "c4"}
         found = exported(proto, tmp_path, data, disable_first_layer=False, disable_names=["c2", "unknown"])
         assert set(found) == {"c0", "c1", "c3", "c4"}
-        onlyconv = exported(NETS["resnet"](), tmp_path, None, **ALL, quant_param_ops=["Conv"])
+        onlyconv = exported(NETS["resnet"](), tmp_path, None, **ALL_LAYERS, quant_param_ops=["Conv"])
         assert {layer["op"] for layer in onlyconv.values()} == {"Conv"}
 
     def test_a_dead_input_stays_float(self, tmp_path: Path) -> None:
         data = [[np.zeros((1, 3, 8, 8), np.float32)]]
-        assert "c0" not in exported(convs(), tmp_path, data, **ALL, sigma=0)
+        assert "c0" not in exported(convs(), tmp_path, data, **ALL_LAYERS, sigma=0)
 
     def test_nothing_left(self, tmp_path: Path) -> None:
         with pytest.raises(GraphError, match="no layer can be quantized"):
@@ -255,8 +260,8 @@ class TestExport:
         }"""
         proto = embedded(model_of(body, weights_of(1, w=(8, 3, 3, 3), v=(4, 8, 1, 1))))
         with pytest.raises(ValueError, match=r"Invalid input shape: input 'x' has .*; give input_shape"):
-            exported(proto, tmp_path, **ALL)
-        config = {**ALL, "is_dynamic_shape": True, "input_shape": [[1, 3, 12, 12]]}
+            exported(proto, tmp_path, **ALL_LAYERS)
+        config = {**ALL_LAYERS, "is_dynamic_shape": True, "input_shape": [[1, 3, 12, 12]]}
         assert len(exported(proto, tmp_path, **config)) == 2
         with pytest.raises(ValueError, match="Invalid input shape: 2 shapes are given"):
             exported(proto, tmp_path, **{**config, "input_shape": [[1, 3, 8, 8], [1]]})
@@ -353,6 +358,18 @@ class TestArguments:
         assert len(STRUCTURES) == 48
         assert "batchnorm" not in passes_without(["FuseBatchNormOptimization"])
         assert "batchnorm" in passes_without(["FastClipOptimization"])
+        assert "clip" in passes_without([], more=True)
+        assert "clip" not in passes_without(["FastClipOptimization"], more=True)
+        known = {name for names in STRUCTURES.values() for name in names}
+        assert known <= {*ALL}
+
+    def test_optimized_graphs(self, tmp_path: Path) -> None:
+        """Three products of one value become one; switched off by name they stay three."""
+        data = samples(nets.bert())
+        config = {**ALL_LAYERS, **LABEL_FREE, "graph_optimize_level": 2}
+        assert len(exported(nets.bert(), tmp_path, data, **config)) == 10
+        off = ["CombineMatmulOptimization"]
+        assert len(exported(nets.bert(), tmp_path, data, **config, shut_down_structures=off)) == 14
 
 
 class TestPaths:

@@ -62,10 +62,9 @@ class OnnxCalibrator:
         feeds = self._feeds if cfg.label_free else self._feeds[:1]
         job = AscendJob(
             self._source,
-            cfg.recipe(disabled, {layer.op for layer in layers}),
+            cfg.recipe(disabled, {layer.op for layer in layers}, passes),
             feeds,
             self._synthetic,
-            passes=passes,
             device=self._device,
         )
         planned = job.plan()
@@ -116,4 +115,4 @@ def _passes(cfg: QuantConfig) -> list[str]:
             cfg.om_method,
             found,
         )
-    return passes_without(cfg.shut_down_structures or ())
+    return passes_without(cfg.shut_down_structures or (), more=cfg.graph_optimize_level > 0)

@@ -148,7 +148,7 @@ class QuantConfig:
         on, rounds = self.keep_acc[strategy]
         return int(rounds) if on else 0
 
-    def recipe(self, disabled: Iterable[str], ops: Iterable[str]) -> Recipe:
+    def recipe(self, disabled: Iterable[str], ops: Iterable[str], passes: Sequence[str]) -> Recipe:
         """The recipe for layers of the types ``ops``, with the nodes ``disabled`` left float.
 
         Weights: data-free SQuant, label-free nearest codes, or SQuant with round_opt; admm fits the scale by least
@@ -180,4 +180,4 @@ class QuantConfig:
             "act": {"symmetric": self.a_sym, "range": found},
             "bias_correction": False,
         }
-        return Recipe.load({"version": 1, "target": "ascend", "steps": [step]})
+        return Recipe.load({"version": 1, "target": "ascend", "passes": [*passes], "steps": [step]})

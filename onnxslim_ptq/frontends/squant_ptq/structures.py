@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from onnxslim_ptq.graph.forms import EXACT
 from onnxslim_ptq.graph.optimize import PASSES
 
 __all__ = ["STRUCTURES", "passes_without"]
 
 
-def _versions(name: str, *numbers: int, first: str = "") -> dict[str, tuple[str, ...]]:
-    return {f"{name}V{n}": (first,) if first else () for n in numbers}
+def _versions(name: str, *numbers: int) -> dict[str, tuple[str, ...]]:
+    return {f"{name}V{n}": () for n in numbers}
 
 
-# Moving AscendQuant across other operators, and forms that only pay on the device, have no pass.
+# Moving AscendQuant across other operators, patch merging, and forms that only pay on the device have no pass here.
 STRUCTURES: dict[str, tuple[str, ...]] = {
     "ChangeGAPCONVOptimization": ("pool_conv",),
     "ChangeResizeOptimization": (),
@@ -30,7 +31,7 @@ STRUCTURES: dict[str, tuple[str, ...]] = {
     "GeluTanh2SigmoidOptimization": ("gelu_sigmoid",),
     "LayerNormOptimization": (),
     "Matmul2GemmOptimization": ("matmul_gemm",),
-    **_versions("PatchMerging2ConvOptimization", 0, 1, 2, 3, first="patch_merging"),
+    **_versions("PatchMerging2ConvOptimization", 0, 1, 2, 3),
     "RemoveDoubleResizeOptimization": ("double_resize",),
     **_versions("ReplaceAscendQuantOptimization", 1, 2),
     **_versions("ReplaceConcatQuantOptimization", *range(1, 10)),
@@ -49,7 +50,7 @@ STRUCTURES: dict[str, tuple[str, ...]] = {
 }
 
 
-def passes_without(shut_down: Collection[str]) -> list[str]:
-    """The exact passes but those that the names switch off."""
+def passes_without(shut_down: Collection[str], more: bool = False) -> list[str]:
+    """The usual passes, with ``more`` all exact ones, but those that the names switch off."""
     off = {name for structure in shut_down for name in STRUCTURES[structure]}
-    return [name for name in PASSES if name not in off]
+    return [name for name in (*PASSES, *(EXACT if more else ())) if name not in off]

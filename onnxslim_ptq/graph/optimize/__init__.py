@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
+from onnxslim_ptq.graph.forms import APPROXIMATE, EXACT
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.optimize.affine import fold_affine
 from onnxslim_ptq.graph.optimize.batchnorm import fold_batchnorm
@@ -12,7 +13,7 @@ from onnxslim_ptq.graph.optimize.gemm import normalize_gemm
 from onnxslim_ptq.graph.optimize.hard_sigmoid import form_hard_sigmoid
 from onnxslim_ptq.graph.optimize.pad import fold_pad
 
-__all__ = ["PASSES", "optimize"]
+__all__ = ["ALL", "PASSES", "optimize"]
 
 PASSES: dict[str, Callable[[Graph], int]] = {
     "constants": fold_constants,
@@ -24,9 +25,16 @@ PASSES: dict[str, Callable[[Graph], int]] = {
 }
 
 
+# What can be named; nothing but `PASSES` runs unasked.
+ALL = {**PASSES, **EXACT, **APPROXIMATE}
+
+
 def optimize(graph: Graph, names: Collection[str] | None = None) -> dict[str, int]:
-    """Apply the named passes (all that are exact) until none changes anything; returns how often each one acted."""
-    passes = {name: run for name, run in PASSES.items() if names is None or name in names}
+    """Apply passes until none changes anything: those of `PASSES`, or those that are named, of `graph.forms` too.
+
+    Returns how often each one acted.
+    """
+    passes = {name: run for name, run in ALL.items() if name in (PASSES if names is None else names)}
     counts = dict.fromkeys(passes, 0)
     while True:
         changed = {name: run(graph) for name, run in passes.items()}
