@@ -11,7 +11,7 @@ from typing import Any
 from calib.model import open_model
 from calib.provider import require_device
 from onnxslim_ptq.commands.console import emit_json, say, size
-from onnxslim_ptq.commands.summary import cpu_line, float_lines, reduced
+from onnxslim_ptq.commands.summary import cache_line, cpu_line, float_lines, reduced
 from onnxslim_ptq.core.targets import TARGETS
 from onnxslim_ptq.errors import RecipeError
 from onnxslim_ptq.export.check import source_files
@@ -20,6 +20,7 @@ from onnxslim_ptq.pipeline import Job, _choices, float_graph
 from onnxslim_ptq.recipe import Recipe
 from onnxslim_ptq.recorded import recorded_samples
 from onnxslim_ptq.samples import open_samples
+from onnxslim_ptq.steps import kv_cache
 from onnxslim_ptq.steps.fusing import dry_placement
 from onnxslim_ptq.steps.placement import Placement
 from onnxslim_ptq.workspace import Workspace
@@ -35,6 +36,7 @@ class _Plan:
     notes: list[str]
     measured_on: str
     samples: int
+    pasts: list[str]
 
 
 def show_plan(
@@ -56,6 +58,7 @@ def show_plan(
                 "device": plan.job.device,
                 "files": [str(p) for p in files],
                 "layers": {"quantized": list(plan.placement.layers), "float": plan.skipped},
+                "kv_cache": plan.pasts,
                 "calibration_samples": plan.samples,
                 "evaluation_samples": len(plan.job.evaluation),
                 "measured_on": plan.measured_on,
@@ -101,9 +104,9 @@ def _plan(model: Path, settings: Mapping[str, Any]) -> _Plan:
     layers, skipped = _choices(job, graph)
     workspace = Workspace(graph, target, job.calibration, job.device, job.threads)
     placement = dry_placement(workspace, layers)
-    return _Plan(
-        job, placement, {**skipped, **placement.skipped}, notes + graph.notes, data.measured_on, data.samples
-    )
+    pasts = [pair.past for pair, _ in kv_cache.chosen(graph, recipe.caches, target)]
+    floats = {**skipped, **placement.skipped}
+    return _Plan(job, placement, floats, notes + graph.notes, data.measured_on, data.samples, pasts)
 
 
 def _say(plan: _Plan, files: list[Path], reduce_range: bool, verbose: bool) -> None:
@@ -117,7 +120,7 @@ def _say(plan: _Plan, files: list[Path], reduce_range: bool, verbose: bool) -> N
     if verbose:
         for layer in layers:
             say(f"  {layer.node}: {layer.op}, weight {layer.weight_name}")
-    for line in float_lines(plan.skipped, verbose):
+    for line in [*float_lines(plan.skipped, verbose), *cache_line(plan.pasts, plan.job.recipe)]:
         say(line)
     say(
         f"ranges: of {len(plan.placement.tensors)} tensors, from {plan.samples} samples"
@@ -128,5 +131,5 @@ def _say(plan: _Plan, files: list[Path], reduce_range: bool, verbose: bool) -> N
     for text in plan.notes:
         say(f"note: {text}")
     say(f"would write: {', '.join(map(str, files))}")
-    if not layers:
+    if not layers and not plan.pasts:
         say("nothing can be quantized: quantize would end with exit code 2")

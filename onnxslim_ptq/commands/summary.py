@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +15,9 @@ from onnxslim_ptq.cpu import int8_features, saturates
 if TYPE_CHECKING:
     from onnxslim_ptq.api import Result
     from onnxslim_ptq.export.files import OutputPaths
+    from onnxslim_ptq.recipe import Recipe
 
-__all__ = ["MEASURED_ON", "Summary", "cpu_line", "float_lines", "reduced"]
+__all__ = ["MEASURED_ON", "Summary", "cache_line", "cpu_line", "float_lines", "reduced"]
 
 _FEW, _FEW_OF_EACH = 8, 3
 MEASURED_ON = {
@@ -81,7 +82,8 @@ class Summary:
     def _layer_lines(self, verbose: bool) -> list[str]:
         quantized = len(self.result.plan.weights)
         head = f"layers: {quantized} quantized, {len(self.result.skipped)} float"
-        return [head, *float_lines(self.result.skipped, verbose)]
+        cache = cache_line([change.pair.past for change in self.result.plan.io], self.result.recipe)
+        return [head, *float_lines(self.result.skipped, verbose), *cache]
 
     def _metric_lines(self, verbose: bool) -> list[str]:
         metrics, worst = self.result.metrics, self.worst_output
@@ -127,6 +129,7 @@ class Summary:
                     "quantized": sorted({use.node for use in self.result.plan.weights}),
                     "float": self.result.skipped,
                 },
+                "kv_cache": [change.pair.past for change in self.result.plan.io],
                 "metrics": {**self.result.metrics, "worst_output": self.worst_output},
                 "cpu": {
                     "int8_features": int8_features(),
@@ -149,6 +152,12 @@ def cpu_line(reduce_range: bool) -> str:
     return (
         f"cpu: int8 instructions {features}; 7-bit weights (reduce-range) {'on' if reduce_range else 'off'}"
     )
+
+
+def cache_line(pasts: Sequence[str], recipe: Recipe) -> list[str]:
+    """What becomes of the KV cache, where the recipe speaks of it."""
+    per = " and ".join(dict.fromkeys(f"per {step.per}" for step in recipe.caches))
+    return [f"KV cache: {len(pasts)} inputs and as many outputs are int8, {per}"] if recipe.caches else []
 
 
 def float_lines(skipped: Mapping[str, str], verbose: bool) -> list[str]:

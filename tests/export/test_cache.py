@@ -268,14 +268,20 @@ class TestWritten:
         assert [e.name for e in found.outputs] == [o.name for o in proto.graph.output]
         assert all(e.sqnr is not None and 15 < e.sqnr < 60 for e in found.outputs), found.outputs
 
-    def test_the_command_line_compares(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_the_command_line(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         proto = appending()
         onnx.save(proto, tmp_path / "f.onnx")
         samples = tmp_path / "samples"
         samples.mkdir()
         for i, feed in enumerate(decoders.feeds(proto)):
             np.savez(samples / f"{i:02}.npz", **feed)
-        cached(proto, "token").save(tmp_path / "q.onnx")
+        (tmp_path / "c8.yaml").write_text("steps: [{type: kv_cache, per: token}]")
+        quantized = ["quantize", str(tmp_path / "f.onnx"), str(tmp_path / "q.onnx"), "--calib", str(samples)]
+        for more in (["--dry-run"], []):
+            assert main([*quantized, "--recipe", str(tmp_path / "c8.yaml"), *more]) == 0
+            told = capsys.readouterr().out
+            assert "KV cache: 2 inputs and as many outputs are int8, per token" in told
+            assert "exit code 2" not in told
         arguments = ["compare", str(tmp_path / "f.onnx"), str(tmp_path / "q.onnx"), "--calib", str(samples)]
         assert main([*arguments, "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["per_output"]["present.0.key"]["sqnr_db"] > 30
