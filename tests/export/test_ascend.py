@@ -13,6 +13,7 @@ from calib.errors import GraphError
 from calib.model import Model, open_model
 from calib.types import Array, Feed
 from onnxslim_ptq import quantize
+from onnxslim_ptq.cli import main
 from onnxslim_ptq.core.dtypes import INT8
 from onnxslim_ptq.core.qmath import reciprocal_pair
 from onnxslim_ptq.core.spec import PerTensor, QParams, QuantPlan, QuantSpec
@@ -238,6 +239,15 @@ class TestWhole:
         lowered = session_of(embedded(lower_ascend(open_model(path))))
         exact = [session_of(proto).run(None, f) for f in feeds]
         assert sqnr_of(exact, [lowered.run(None, f) for f in feeds]) > 40
+
+    def test_compare_and_inspect_take_it(self, tmp_path: Any, capsys: Any) -> None:
+        out, samples = str(tmp_path / "m.onnx"), "tools/digits/calib"
+        digits = "tools/digits/digits.onnx"
+        assert main([digits, out, "--calib", samples, "--target", "ascend", "-q"]) == 0
+        assert main(["compare", digits, out, "--calib", samples, "--json"]) == 0
+        assert '"sqnr_db"' in capsys.readouterr().out
+        assert main(["inspect", out]) == 0
+        assert "AscendQuant" in capsys.readouterr().out
 
     def test_float16(self) -> None:
         weights = {k: v.astype(np.float16) for k, v in weights_of(2, w=(16, 8), b=(8,)).items()}

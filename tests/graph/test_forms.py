@@ -109,6 +109,18 @@ ACTS: dict[str, tuple[str, tuple[int, ...], str, int]] = {
         "(float[2,3,4,5] x) => (float[2,5,1,1] y) { c0 = Conv (x, k, kb) y = GlobalAveragePool (c0) }",
         1,
     ),
+    "patches": (
+        "patch_merging",
+        (10, 17),
+        """(float[2,6,4,3] x) => (float[2,3,2,12] y) {
+            a0 = Slice (x, s0, end, ax1, st) a1 = Slice (a0, s0, end, ax2, st)
+            b0 = Slice (x, s1, end, ax1, st) b1 = Slice (b0, s0, end, ax2, st)
+            d0 = Slice (x, s0, end, ax1, st) d1 = Slice (d0, s1, end, ax2, st)
+            e1 = Slice (x, s11, end2, ax12, st2)
+            y = Concat <axis = -1> (a1, b1, d1, e1)
+        }""",
+        1,
+    ),
     "shapes": (
         "shapes",
         (13, 17),
@@ -158,6 +170,13 @@ ALONE = {
         "resize_conv",
         '(float[2,3,4,5] x) => (float[2,3,8,15] y) { y = Resize <mode = "nearest"> (x, , up) }',
     ),
+    "a pixel twice": (
+        "patch_merging",
+        """(float[2,4,4,3] x) => (float[2,2,2,12] y) {
+            a = Slice (x, s11, end2, ax12, st2)
+            y = Concat <axis = -1> (a, a, a, a)
+        }""",
+    ),
     "a window": (
         "pool_conv",
         "(float[2,3,4,5] x) => (float[2,5,1,1] y) { h = Conv <pads = [1, 1, 1, 1]> (x, k) y = GlobalAveragePool (h) }",
@@ -168,6 +187,18 @@ ALONE = {
             s = Shape (x) f = Slice (s, first, last) t = Concat <axis = 0> (f, rest) y = Reshape (x, t)
         }""",
     ),
+}
+F |= {
+    "s0": np.asarray([0], np.int64),
+    "s1": np.asarray([1], np.int64),
+    "s11": np.asarray([1, 1], np.int64),
+    "end": np.asarray([2**63 - 1], np.int64),
+    "end2": np.asarray([2**63 - 1] * 2, np.int64),
+    "ax1": np.asarray([1], np.int64),
+    "ax2": np.asarray([2], np.int64),
+    "ax12": np.asarray([1, 2], np.int64),
+    "st": np.asarray([2], np.int64),
+    "st2": np.asarray([2, 2], np.int64),
 }
 F["copied"] = np.asarray([0, 4], np.int64)
 

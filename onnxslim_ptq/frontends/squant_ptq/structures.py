@@ -10,11 +10,11 @@ from onnxslim_ptq.graph.optimize import PASSES
 __all__ = ["STRUCTURES", "passes_without"]
 
 
-def _versions(name: str, *numbers: int) -> dict[str, tuple[str, ...]]:
-    return {f"{name}V{n}": () for n in numbers}
+def _versions(name: str, *numbers: int, first: str = "") -> dict[str, tuple[str, ...]]:
+    return {f"{name}V{n}": (first,) if first else () for n in numbers}
 
 
-# Moving AscendQuant across other operators, patch merging, and forms that only pay on the device have no pass here.
+# Moving AscendQuant across other operators and forms that only pay on the device have no pass here.
 STRUCTURES: dict[str, tuple[str, ...]] = {
     "ChangeGAPCONVOptimization": ("pool_conv",),
     "ChangeResizeOptimization": (),
@@ -31,7 +31,7 @@ STRUCTURES: dict[str, tuple[str, ...]] = {
     "GeluTanh2SigmoidOptimization": ("gelu_sigmoid",),
     "LayerNormOptimization": (),
     "Matmul2GemmOptimization": ("matmul_gemm",),
-    **_versions("PatchMerging2ConvOptimization", 0, 1, 2, 3),
+    **_versions("PatchMerging2ConvOptimization", 0, 1, 2, 3, first="patch_merging"),
     "RemoveDoubleResizeOptimization": ("double_resize",),
     **_versions("ReplaceAscendQuantOptimization", 1, 2),
     **_versions("ReplaceConcatQuantOptimization", *range(1, 10)),

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from onnxslim_ptq.graph.forms.activations import form_clip, form_leaky_relu
 from onnxslim_ptq.graph.forms.gelu import gelu_fast, gelu_sigmoid, gelu_tanh
 from onnxslim_ptq.graph.forms.matmul import fold_division, form_gemm, merge_parallel
+from onnxslim_ptq.graph.forms.patch_merging import merge_patches
 from onnxslim_ptq.graph.forms.resize import merge_resizes, pool_before_conv, resize_as_conv
 from onnxslim_ptq.graph.forms.shapes import fix_shapes, merge_reshapes
 from onnxslim_ptq.graph.graph import Graph
@@ -28,6 +29,7 @@ EXACT: dict[str, Callable[[Graph], int]] = {
     "matmul_gemm": form_gemm,
     "pool_conv": pool_before_conv,
     "resize_conv": resize_as_conv,
+    "patch_merging": merge_patches,
 }
 APPROXIMATE: dict[str, Callable[[Graph], int]] = {
     "gelu_tanh": gelu_tanh,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
+from onnx import TensorProto
 
 from onnxslim_ptq.graph.edit import is_standard
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.shapes import infer_shapes
 
-__all__ = ["merge_resizes", "pool_before_conv", "resize_as_conv"]
+__all__ = ["merge_resizes", "only_float32", "pool_before_conv", "resize_as_conv"]
 
 _FIRST = 13
 _LARGEST = 16  # a repetition beyond this would make a kernel larger than it is worth
@@ -45,11 +46,11 @@ def resize_as_conv(graph: Graph) -> int:
     wanted = [(n, r) for n in graph.nodes if (r := _repeats(graph, n)) is not None]
     if not wanted:
         return 0
-    shapes, kinds = infer_shapes(graph), _float32(graph)
+    shapes, fits = infer_shapes(graph), only_float32(graph)
     count = 0
     for node, repeats in wanted:
         dims = shapes.dims.get(node.inputs[0].name)
-        if dims is None or len(dims) != 4 or not isinstance(dims[1], int) or len(repeats) != 4 or not kinds:
+        if dims is None or len(dims) != 4 or not isinstance(dims[1], int) or len(repeats) != 4 or not fits:
             continue
         if (repeats[:2] != 1).any() or repeats.max() > _LARGEST or not _fixed_channels(graph):
             continue
@@ -119,5 +120,9 @@ def _fixed_channels(graph: Graph) -> bool:
     return True
 
 
-def _float32(graph: Graph) -> bool:
-    return all(v.type.tensor_type.elem_type not in (10, 11, 16) for v in graph.inputs)
+def only_float32(graph: Graph) -> bool:
+    """Whether no input, no constant and no Cast has another float type: new float32 weights fit everywhere then."""
+    source = graph.model.proto.graph
+    kinds = {v.type.tensor_type.elem_type for v in graph.inputs} | {t.data_type for t in source.initializer}
+    kinds |= {int(n.attrs.get("to", 0)) for n in graph.nodes if n.op == "Cast"}
+    return not kinds & {TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16}
