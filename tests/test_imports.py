@@ -33,6 +33,7 @@ ORDER: tuple[frozenset[str], ...] = (
             "onnxslim_ptq.api",
             "onnxslim_ptq.calibration",
             "onnxslim_ptq.exporting",
+            "onnxslim_ptq.reporting",
             "onnxslim_ptq.selector",
             "onnxslim_ptq.sensitivity",
             "onnxslim_ptq.tuning",

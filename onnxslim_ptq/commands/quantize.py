@@ -11,7 +11,6 @@ import typer
 
 from calib import devices
 from onnxslim_ptq.commands.console import Bars, warn
-from onnxslim_ptq.commands.later import refuse
 from onnxslim_ptq.commands.options import (
     AllowQuantized,
     Calib,
@@ -39,13 +38,15 @@ from onnxslim_ptq.commands.session import asked_files, with_session
 from onnxslim_ptq.errors import DeviceError, QuantizationError
 
 if TYPE_CHECKING:
+    from onnxslim_ptq.api import Result
+    from onnxslim_ptq.commands.summary import Summary
+    from onnxslim_ptq.commands.worst import Look
     from onnxslim_ptq.export.weight_files import WeightFiles
 
 __all__ = ["quantize"]
 
 _DOUBTFUL_DB = 12.0
-_TO_COME = ("report",)
-_LATER = {"hidden": True, "show_default": False}
+_LOOKED_AT = 8  # samples that tell about layers
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", show_default=False, help="The float ONNX model.")]
 Out = Annotated[
@@ -93,7 +94,15 @@ Stats = Annotated[
 Blockwise = Annotated[
     bool, typer.Option("--blockwise", help="Run the model in blocks, as is done where memory is short.")
 ]
-Report = Annotated[Path | None, typer.Option("--report", **_LATER)]
+Report = Annotated[
+    Path | None,
+    typer.Option(
+        "--report",
+        metavar="FILE.html",
+        show_default=False,
+        help="A page that shows what became of every layer.",
+    ),
+]
 Weights = Annotated[
     bool,
     typer.Option("--weights", help="Also safetensors and their description, as msModelSlim writes them."),
@@ -137,7 +146,6 @@ def quantize(
 ) -> None:
     """Quantize MODEL, verify the result against it, write OUT and its weights JSON."""
     given = dict(locals())  # every parameter by name: from here on they travel together
-    refuse({f"--{name}": given[name] for name in _TO_COME})
     _check_values(device, min_sqnr)
     _check_combinations(given)
     given = with_session(given)
@@ -150,7 +158,8 @@ def quantize(
         from onnxslim_ptq.commands.samples import data_options
 
         again = data_options(given["recipe"], preprocess, tokenizer)
-        _run(model, out, settings, again, external_data, asked_files(given), json, quiet, verbose)
+        files = asked_files(given)
+        _run(model, out, settings, again, external_data, files, report, json, quiet, verbose)
 
 
 def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,6 +215,8 @@ def _check_combinations(given: Mapping[str, Any]) -> None:
         raise QuantizationError("--shape and --range describe synthetic samples; leave them out with --stats")
     if given["stats"] and given["samples"] and not given["calib"]:
         raise QuantizationError("--samples limits --calib; leave it out with --stats alone")
+    if given["report"] and given["dry_run"]:
+        raise QuantizationError("--report shows a result, and --dry-run makes none; leave one out")
     if given["stacked"] and not (given["calib"] or given["evaluation"]):
         raise QuantizationError("--stacked describes the files of --calib or --eval; give one of them")
 
@@ -217,13 +228,14 @@ def _run(
     again: str,
     external: bool,
     files: WeightFiles | None,
+    report: Path | None,
     as_json: bool,
     quiet: bool,
     verbose: bool,
 ) -> None:
     from onnxslim_ptq.api import quantize as run
     from onnxslim_ptq.commands.summary import Summary
-    from onnxslim_ptq.commands.worst import worst_layers
+    from onnxslim_ptq.commands.worst import look_closer, worst_layers
 
     recipe = settings["recipe"]  # loaded by `_settings`
     _preflight(model, out, settings["device"], recipe.quant_type)
@@ -238,11 +250,16 @@ def _run(
         sqnr = result.metrics["sqnr_db"]
         doubtful = sqnr is not None and sqnr < _DOUBTFUL_DB
         # Comparing layers runs the whole model, for which there is no room block-wise.
-        advice = worst_layers(result, out, settings) if doubtful and not result.blockwise else ""
+        wanted = 0 if result.blockwise else _LOOKED_AT if doubtful or report else 0 if quiet or as_json else 1
+        look = look_closer(result, settings, wanted, latency=report is not None) if wanted else None
+        facts = _facts(result, look, settings) if report is not None else None
         # Last: an interruption before leaves nothing at OUT.
         paths = result.save(out, external_data=external, weights=files)
-    summary = Summary(result, paths, settings, again)
+    summary = Summary(result, paths, settings, again, look.worst() if look is not None else [])
+    if report is not None:
+        summary.warnings += _write_report(facts, summary, report)
     if doubtful:
+        advice = "" if result.blockwise else worst_layers(look, result.source.path, out)
         summary.warnings.append(f"output '{summary.worst_output}' reaches only {sqnr:.1f} dB SQNR. {advice}")
     for text in summary.warnings:
         warn(text)
@@ -250,6 +267,26 @@ def _run(
         summary.show_json()
     elif not quiet:
         summary.show(verbose)
+
+
+def _facts(result: Result, look: Look | None, settings: dict[str, Any]) -> dict[str, Any] | None:
+    if look is None:
+        return None
+    from onnxslim_ptq.reporting import gather_facts
+
+    return gather_facts(result, look.comparison, look.samples, nbytes=(0, 0), threads=settings["threads"])
+
+
+def _write_report(facts: dict[str, Any] | None, summary: Summary, path: Path) -> list[str]:
+    """Write the page; the warnings where there is nothing to write."""
+    if facts is None:
+        return [
+            "no report was written: its layers could not be compared (in blocks there is no room for that)"
+        ]
+    from onnxslim_ptq.reporting import write_report
+
+    write_report({**facts, "bytes": list(summary.nbytes), "next": summary.tune()}, path)
+    return []
 
 
 def _preflight(model: Path, out: Path, device: str, quant_type: str) -> None:

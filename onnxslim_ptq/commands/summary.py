@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ class Summary:
     paths: OutputPaths
     settings: Mapping[str, Any]
     again: str = ""
+    worst: list[tuple[str, float]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -71,13 +73,15 @@ class Summary:
             say(line)
         for line in self._metric_lines(verbose):
             say(line)
+        for line in self._worst_lines():
+            say(line)
         say(cpu_line(reduced(target, self.settings["reduce_range"])))
         notes = [text for text in self.result.notes if text not in self.warnings]
         for text in notes if verbose else notes[:_FEW]:
             say(f"note: {text}")
         if len(notes) > _FEW and not verbose:
             say(f"note: and {len(notes) - _FEW} more; -v shows them")
-        say(f"next: {self._next()}")
+        say(f"next: {self.next()}")
 
     def _layer_lines(self, verbose: bool) -> list[str]:
         quantized = len(self.result.plan.weights)
@@ -107,9 +111,29 @@ class Summary:
             ]
         return lines
 
-    def _next(self) -> str:
+    def _worst_lines(self) -> list[str]:
+        """The layers with the largest error of their own, and what leaves them float."""
+        if not self.worst:
+            return []
+        from onnxslim_ptq.sensitivity import as_patterns
+
+        named = ", ".join(f"{node} {db(sqnr)}" for node, sqnr in self.worst)
+        options = " ".join(f"--exclude {shlex.quote(text)}" for text in as_patterns(n for n, _ in self.worst))
+        return [f"worst layers alone: {named}", f"  to leave them float, add {options}"]
+
+    def tune(self) -> str:
+        """The command that finds a result 3 dB better."""
+        goal = math.ceil(min(self.result.metrics["sqnr_db"] or 0.0, 90.0) + 3)
+        models = " ".join(shlex.quote(str(p)) for p in (self.result.source.path, self.paths.model))
+        stacked = " --stacked" if self.settings["stacked"] else ""
+        return f'{program()} tune {models}{self._calib()}{stacked}{self.again} --goal "sqnr>={goal}"'
+
+    def _calib(self) -> str:
         given = self.settings["calib_data"] or (() if self.result.recipe.data.sets else ("SAMPLES",))
-        samples = "".join(f" --calib {shlex.quote(str(p))}" for p in given)
+        return "".join(f" --calib {shlex.quote(str(p))}" for p in given)
+
+    def next(self) -> str:
+        samples = self._calib()
         if self.settings["eval_data"]:
             samples = f" --eval {shlex.quote(str(self.settings['eval_data']))}"
         models = " ".join(shlex.quote(str(p)) for p in (self.result.source.path, self.paths.model))

@@ -1,22 +1,44 @@
-"""The layers that cost a doubtful result most, for the warning."""
+"""A closer look at a result's layers: those that cost it most, for the summary, the warning and the report."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnxslim_ptq.commands.console import db, program
 
 if TYPE_CHECKING:
+    from calib.types import Sample
+    from onnxslim_ptq.analysis.compare import Comparison
     from onnxslim_ptq.api import Result
 
-__all__ = ["worst_layers"]
+__all__ = ["Look", "look_closer", "worst_layers"]
 
-_WORST, _SAMPLES = 3, 8
+_WORST = 3
 
 
-def worst_layers(result: Result, quantized: Path, settings: dict[str, Any]) -> str:
-    """One sentence: the three layers with the largest error of their own, or how to find them."""
+@dataclass(frozen=True)
+class Look:
+    """Errors of all layers on some of the samples that measured the result."""
+
+    comparison: Comparison
+    samples: list[Sample]
+
+    def worst(self) -> list[tuple[str, float]]:
+        """The three layers with the largest error of their own, and its SQNR."""
+        known = [
+            (layer.node, layer.local.sqnr)
+            for layer in self.comparison.layers
+            if layer.local and layer.local.sqnr is not None
+        ]
+        return sorted(known, key=lambda pair: pair[1])[:_WORST]
+
+
+def look_closer(
+    result: Result, settings: dict[str, Any], count: int, *, latency: bool = False
+) -> Look | None:
+    """Compare the layers on ``count`` samples; None where they cannot be compared."""
     from calib.errors import QuantizationError
     from calib.readers import take
     from onnxslim_ptq.analysis.compare import compare_models
@@ -28,21 +50,24 @@ def worst_layers(result: Result, quantized: Path, settings: dict[str, Any]) -> s
     drawn = {name: settings[name] for name in ("shapes", "ranges", "seed")}
     try:
         if settings["stats"] is not None:
-            data = recorded_samples(
-                result.source, settings["stats"], section, calib, measured, **same
-            ).evaluation
+            found = recorded_samples(result.source, settings["stats"], section, calib, measured, **same)
         else:
-            data = open_samples(result.source, section, calib, measured, **same, **drawn).evaluation
-        found = compare_models(
-            result.source, result.quantized, take(data, _SAMPLES), threads=settings["threads"], latency=False
+            found = open_samples(result.source, section, calib, measured, **same, **drawn)
+        samples = list(take(found.evaluation, count))
+        compared = compare_models(
+            result.source, result.quantized, samples, threads=settings["threads"], latency=latency
         )
     except QuantizationError:
-        return f"See its layers with: {program()} compare {result.source.path} {quantized} --calib SAMPLES"
-    known = {
-        layer.node: layer.local.sqnr for layer in found.layers if layer.local and layer.local.sqnr is not None
-    }
-    worst = sorted(known, key=lambda node: known[node])[:_WORST]
+        return None
+    return Look(compared, samples)
+
+
+def worst_layers(look: Look | None, source: Path | None, quantized: Path) -> str:
+    """One sentence: the three layers with the largest error of their own, or how to find them."""
+    if look is None:
+        return f"See its layers with: {program()} compare {source} {quantized} --calib SAMPLES"
+    worst = look.worst()
     if not worst:
         return "Try more samples, or another --recipe"
-    named = ", ".join(f"'{node}' ({db(known[node])})" for node in worst)
+    named = ", ".join(f"'{node}' ({db(sqnr)})" for node, sqnr in worst)
     return f"Worst layers on their own: {named}; --exclude leaves one float"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import stat
 from pathlib import Path
 from typing import Any
@@ -189,11 +190,21 @@ def test_weights_beside_the_model(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("option", [["--report", "r.html"]])
-def test_options_to_come_say_so(option: list[str], tmp_path: Path, capsys: Captured) -> None:
-    assert main([MODEL, str(tmp_path / "m.onnx"), "--calib", CALIB, *option]) == 2
-    assert f"{option[0]} is not available yet" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+def test_a_report_needs_a_result(tmp_path: Path, capsys: Captured) -> None:
+    assert main([MODEL, str(tmp_path / "m.onnx"), "--calib", CALIB, "--report", "r.html", "--dry-run"]) == 2
+    assert "--report shows a result, and --dry-run makes none" in capsys.readouterr().err
+
+
+def test_the_summary_names_the_worst_layers(tmp_path: Path, capsys: Captured) -> None:
+    """Also of a good result, with the options that leave them float."""
+    arguments = [MODEL, str(tmp_path / "m.onnx"), "--calib", CALIB]
+    assert main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("worst layers alone: /block1/"))
+    options = shlex.split(lines[at + 1].partition("add ")[2])
+    assert options.count("--exclude") == 3
+    assert main([*arguments, *options]) == 0
+    assert "excluded by pattern" in capsys.readouterr().out
 
 
 def test_the_input_is_never_written_over(tmp_path: Path, capsys: Captured) -> None:
