@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
@@ -25,7 +25,9 @@ from onnxslim_ptq.asked import checked
 from onnxslim_ptq.core.match import Layer, Pattern, nearest
 from onnxslim_ptq.errors import RecipeError
 from onnxslim_ptq.export.switches import add_twins
-from onnxslim_ptq.graph.linears import Linear, find_linears
+from onnxslim_ptq.graph.attention import Attention, find_attention
+from onnxslim_ptq.graph.graph import Graph
+from onnxslim_ptq.graph.linears import LINEAR_OPS, Linear, find_linears
 from onnxslim_ptq.pipeline import Job, Planned, float_graph, make_plan
 from onnxslim_ptq.recipe import Recipe
 from onnxslim_ptq.resolution import named_layers
@@ -36,8 +38,10 @@ __all__ = ["METRICS", "Analysis", "Ranked", "analyze", "as_patterns", "judging_s
 
 METRICS: dict[str, tuple[str, ...]] = {
     "linear": ("sqnr", *SPREADS),
+    "attn": ("mse",),
     "layer": ("mse_model_wise", "mse_layer_wise"),
 }
+T = TypeVar("T")
 _PASSES = 8  # how often all candidates together may run the calibration samples
 _FEWEST, _MOST = 4, 16
 
@@ -122,9 +126,10 @@ def analyze(
     ``sqnr``: noise-to-signal ratio of the model's outputs when only these layers are quantized, as ``recipe`` says, on
     4 to 16 calibration samples (families of outputs count as one, an output behind a saturating function is judged
     before it). ``std``, ``quantile``, ``kurtosis``: of the layers' inputs, `calib.stats.SpreadStats`.
-    ``mse_model_wise``: mean squared error of the outputs with one block quantized; ``mse_layer_wise``: its layers'
-    mean squared error on float inputs. ``patterns`` choose layers. Raises what `quantize` raises, RecipeError for an
-    unknown metric.
+    ``mse``: mean squared error of an attention's output with the layers that make its queries, keys and values
+    quantized. ``mse_model_wise``: mean squared error of the outputs with one block quantized; ``mse_layer_wise``: its
+    layers' mean squared error on float inputs. ``patterns`` choose layers. Raises what `quantize` raises, RecipeError
+    for an unknown metric.
     """
     known = METRICS.get(scope)
     if known is None:
@@ -212,12 +217,51 @@ def _by_error(job: Job, scope: str, metric: str, patterns: Sequence[Pattern]) ->
         samples = judging_samples(planned.workspace, len(entries))
         board = Switchboard(planned.workspace, planned.placement, planned.plan, samples)
         ranking = rank_by_sqnr(board, entries, job.listener)
+    elif scope == "attn":
+        return _by_attention(planned, layers, job.listener)
     else:
         blocks = [Entry(tuple(block)) for block in find_blocks(planned.workspace.model(), layers)]
         samples = judging_samples(planned.workspace, len(blocks))
         score = _model_wise if metric == "mse_model_wise" else _layer_wise
         ranking = score(planned, blocks, samples, job.listener)
     return Analysis(scope, metric, ranking, len(samples), planned.notes)
+
+
+def _by_attention(planned: Planned, layers: Sequence[Linear], listener: Listener | None) -> Analysis:
+    graph = planned.workspace.graph
+    found, reasons = find_attention(graph)
+    known = [layer.node for layer in layers]
+    heads = {one.name: (one.output, nodes) for one in found if (nodes := _feeding(graph, one, known))}
+    if not heads:
+        why = next(iter(reasons.values()), "no Softmax between two products, and no attention operator")
+        raise GraphError(f"no attention whose layers are quantized was found ({why}); use scope linear")
+    samples = judging_samples(planned.workspace, len(heads))
+    outputs = [output for output, _ in heads.values()]
+    board = Switchboard(planned.workspace, planned.placement, planned.plan, samples, outputs)
+
+    def one(name: str) -> Ranked:
+        output, nodes = heads[name]
+        error = board.values(nodes, [output])[output]
+        return Ranked(name, nodes, "attention", error.noise / max(error.count, 1))
+
+    return Analysis("attn", "mse", _ranked(list(heads), one, listener), len(samples), planned.notes)
+
+
+def _feeding(graph: Graph, attention: Attention, layers: Sequence[str]) -> tuple[str, ...]:
+    """Of ``layers`` those that make the attention's queries, keys and values: the next ones before it."""
+    todo = [graph.tensor(entry.tensor) for entry in attention.entries.values()]
+    seen: set[str] = set()
+    met: set[str] = set()
+    while todo:
+        node = graph.producer(todo.pop())
+        if node is None or node.name in seen:
+            continue
+        seen.add(node.name)
+        if node.op in LINEAR_OPS and any(graph.is_constant(t) for t in node.inputs):
+            met.add(node.name)
+        else:
+            todo += [t for t in node.inputs if t.name and not graph.is_constant(t)]
+    return tuple(name for name in layers if name in met)
 
 
 def judging_samples(workspace: Workspace, candidates: int) -> list[Sample]:
@@ -238,9 +282,7 @@ def rank_by_sqnr(
     return _ranked(entries, one, listener)
 
 
-def _ranked(
-    entries: Sequence[Entry], one: Callable[[Entry], Ranked], listener: Listener | None
-) -> list[Ranked]:
+def _ranked(entries: Sequence[T], one: Callable[[T], Ranked], listener: Listener | None) -> list[Ranked]:
     ranking, started = [], time.monotonic()
     for done, entry in enumerate(entries, 1):
         ranking.append(one(entry))

@@ -15,20 +15,47 @@ from calib.types import Array, Sample
 from onnxslim_ptq.analysis.metrics import OutputError
 from onnxslim_ptq.core.spec import QuantPlan
 from onnxslim_ptq.export.simulation import Simulation
-from onnxslim_ptq.export.switches import Switched, switch_layers
+from onnxslim_ptq.export.switches import Makers, Switched, switch_layers
+from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.steps.placement import Placement
 from onnxslim_ptq.workspace import Judge, Workspace, judged_tensors
 
 __all__ = ["Switchboard", "makers_of"]
 
 
-def makers_of(placement: Placement) -> dict[str, tuple[str, ...]]:
-    """The layers that make each value quantized at its result."""
-    return {
-        placed.tensor: tuple(layer.node for layer in placed.producers)
-        for placed in placement.tensors.values()
-        if placed.at_result
-    }
+def makers_of(graph: Graph, placement: Placement) -> dict[str, Makers]:
+    """For each value quantized at its result, groups of layers of which some must be quantized for it to be.
+
+    The layers that make it; for a sum, which no layer makes, its readers and the makers of what it adds.
+    """
+    placed = {p.tensor: p for p in placement.tensors.values() if p.at_result}
+    found: dict[str, Makers] = {}
+
+    def of(name: str) -> Makers:
+        if name not in found:
+            found[name] = ()  # a loop cannot be, but would end here
+            producers = tuple(layer.node for layer in placed[name].producers)
+            if producers:
+                found[name] = (producers,)
+            else:
+                readers = tuple(layer.node for layer in placed[name].readers)
+                parts = [
+                    group for source in _summands(graph, name) if source in placed for group in of(source)
+                ]
+                found[name] = tuple(dict.fromkeys([*([readers] if readers else []), *parts]))
+        return found[name]
+
+    for name in placed:
+        of(name)
+    return found
+
+
+def _summands(graph: Graph, name: str) -> list[str]:
+    """What the Add adds that makes ``name``, perhaps through an activation function."""
+    node = graph.producer(graph.tensor(name))
+    while node is not None and node.op != "Add":
+        node = graph.producer(node.inputs[0]) if node.inputs else None
+    return [] if node is None else [tensor.name for tensor in node.inputs]
 
 
 class Switchboard(Judge):
@@ -46,7 +73,7 @@ class Switchboard(Judge):
         watched: Sequence[str] = (),
     ) -> None:
         model = workspace.model()
-        self.switched: Switched = switch_layers(model, plan, makers_of(placement))
+        self.switched: Switched = switch_layers(model, plan, makers_of(workspace.graph, placement))
         self.layers = list(self.switched.layers)
         self.watched = list(watched)
         self.runs = 0

@@ -19,24 +19,27 @@ from calib.types import Array
 from onnxslim_ptq.core.spec import QuantPlan, Result, Use
 from onnxslim_ptq.export.simulation import simulate
 
-__all__ = ["Switched", "add_twins", "switch_layers", "uncorrected"]
+__all__ = ["Makers", "Switched", "add_twins", "switch_layers", "uncorrected"]
+
+
+Makers = tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)
 class Switched:
     """The model with its switches: ``layers`` maps planned nodes to the bool input that quantizes each, ``results``
-    values that are quantized where they are made to theirs, ``makers`` those values to the layers that make them."""
+    values quantized where they are made to theirs, ``makers`` the same values to groups of layers (`switch_layers`)."""
 
     model: Model
     layers: Mapping[str, str]
     results: Mapping[str, str]
-    makers: Mapping[str, tuple[str, ...]]
+    makers: Mapping[str, Makers]
 
     def feed(self, on: Collection[str]) -> dict[str, Array]:
         """The extra feeds that quantize the layers ``on``, with all values they read and make, and no others."""
         feed: dict[str, Array] = {gate: np.asarray(node in on) for node, gate in self.layers.items()}
         for tensor, gate in self.results.items():
-            feed[gate] = np.asarray(any(node in on for node in self.makers[tensor]))
+            feed[gate] = np.asarray(all(any(node in on for node in group) for group in self.makers[tensor]))
         return feed
 
 
@@ -51,10 +54,10 @@ def uncorrected(model: Model, plan: QuantPlan) -> Model:
     return replace(model, proto=proto, weights=added.weights)
 
 
-def switch_layers(model: Model, plan: QuantPlan, makers: Mapping[str, tuple[str, ...]]) -> Switched:
+def switch_layers(model: Model, plan: QuantPlan, makers: Mapping[str, Makers]) -> Switched:
     """Switches for every layer of ``plan`` over ``model``, the float graph whose biases are corrected already.
 
-    ``makers``: the layers that make each value quantized at its result.
+    ``makers``: groups of layers for each value quantized at its result; it is while each has a layer switched on.
     """
     plain = uncorrected(model, plan)
     graph = plain.proto.graph
@@ -71,7 +74,7 @@ def switch_layers(model: Model, plan: QuantPlan, makers: Mapping[str, tuple[str,
         else:
             nodes.append(_copy(node))
         for name in made:
-            rounded = twins.rounded(name, twins.is_half(makers[name]))
+            rounded = twins.rounded(name, twins.is_half(node for group in makers[name] for node in group))
             nodes.append(_if(results[name], rounded, _identity(name), name))
     del graph.node[:], graph.value_info[:]
     graph.node.extend(nodes)
@@ -148,7 +151,7 @@ class _Twins:
         self._made: dict[tuple[str, str], str] = {}
         self._sites: dict[str, list[Use]] = {use.node: [] for use in plan.weights}
         for site in plan.activations:
-            if isinstance(site, Use):
+            if isinstance(site, Use) and site.node in self._sites:  # others are the entries of attention
                 self._sites[site.node].append(site)
         self._uses = {use.node: use for use in plan.weights}
 

@@ -12,9 +12,9 @@ import yaml
 
 from onnxslim_ptq import LayerSelector, Recipe, analyze, quantize
 from onnxslim_ptq.cli import main
-from onnxslim_ptq.errors import RecipeError
+from onnxslim_ptq.errors import GraphError, RecipeError
 from onnxslim_ptq.sensitivity import as_patterns
-from tests.models import feeds_for, mlp
+from tests.models import feeds_for, mlp, parse, weights_of
 
 DIGITS = Path(__file__).resolve().parents[2] / "tools" / "digits"
 MODEL, CALIB = str(DIGITS / "digits.onnx"), str(DIGITS / "calib")
@@ -129,3 +129,30 @@ class TestLayerSelector:
 def test_unknown_scope_from_python() -> None:
     with pytest.raises(RecipeError, match="scope 'x' is unknown"):
         analyze(MODEL, "x")
+
+
+class TestAttention:
+    def model(self) -> onnx.ModelProto:
+        weights = weights_of(4, wq=(24, 24), wk=(24, 24), wv=(24, 24), wo=(24, 24))
+        shapes = {"split": np.array([0, 0, 4, 6]), "merge": np.array([0, 0, 24])}
+        body = """g (float[B,T,24] x) => (float[B,T,24] y) {
+            [q] q = MatMul (x, wq)  q4 = Reshape (q, split)  qh = Transpose <perm = [0, 2, 1, 3]> (q4)
+            [k] k = MatMul (x, wk)  k4 = Reshape (k, split)  kh = Transpose <perm = [0, 2, 3, 1]> (k4)
+            [v] v = MatMul (x, wv)  v4 = Reshape (v, split)  vh = Transpose <perm = [0, 2, 1, 3]> (v4)
+            s = MatMul (qh, kh)  p = Softmax <axis = -1> (s)  a = MatMul (p, vh)
+            at = Transpose <perm = [0, 2, 1, 3]> (a)  o = Reshape (at, merge)
+            [out] y = MatMul (o, wo) }"""
+        return parse(body, {**weights, **shapes}, 17, 8)
+
+    def test_its_output_is_measured(self) -> None:
+        proto = self.model()
+        feeds = feeds_for(proto, 12, {"B": 1, "T": 5})
+        found = analyze(proto, "attn", calib_data=feeds, recipe="w8a8-minmax")
+        (ranked,) = found.ranking
+        assert ranked.nodes == ("q", "k", "v")
+        assert 0 < ranked.score < 1e-2
+        assert found.exclude(1) == ["q", "k", "v"]
+
+    def test_none(self) -> None:
+        with pytest.raises(GraphError, match="no attention whose layers are quantized was found"):
+            analyze(MODEL, "attn", calib_data=CALIB)
