@@ -16,10 +16,16 @@ from calib.saved.store import Statistics
 from calib.stats import HistogramStats, MinMaxStats
 from calib.types import Dataset, Probe, Stats
 from onnxslim_ptq.analysis.verify import Verification, verify
-from onnxslim_ptq.core.choice import LayerChoice, PerTokenActivation, StaticActivation, WeightForm
+from onnxslim_ptq.core.choice import (
+    LayerChoice,
+    PerTokenActivation,
+    StaticActivation,
+    SwitchedActivation,
+    WeightForm,
+)
 from onnxslim_ptq.core.dtypes import int_type
 from onnxslim_ptq.core.match import Layer
-from onnxslim_ptq.core.spec import QuantPlan
+from onnxslim_ptq.core.spec import BelowTimestep, ManyTokens, QuantPlan
 from onnxslim_ptq.core.targets import BiasForm, Target
 from onnxslim_ptq.errors import RecipeError, VerificationError
 from onnxslim_ptq.export.fusion import guard_float_layers
@@ -252,7 +258,9 @@ def _choice(config: LayerConfig, target: Target) -> LayerChoice:
     return LayerChoice(_activation(config, target), form, config.bias_correction, config.rounder.build())
 
 
-def _activation(config: LayerConfig, target: Target) -> StaticActivation | PerTokenActivation | None:
+def _activation(
+    config: LayerConfig, target: Target
+) -> StaticActivation | PerTokenActivation | SwitchedActivation | None:
     act = config.act
     if target.static_only and (act is None or act.per == "token"):
         raise RecipeError(
@@ -273,11 +281,14 @@ def _activation(config: LayerConfig, target: Target) -> StaticActivation | PerTo
             f"recipe: steps[{config.step}].act.dtype: target '{target.name}' takes {target.activation} activations "
             "only; leave dtype at auto"
         )
-    if act.per == "token":
+    if act.when == "dynamic":
         return PerTokenActivation(dtype, symmetric)
     method = act.range.build()
-    return StaticActivation(
-        dtype, symmetric, method if method is not None else act.range.type, act.range.type
+    static = StaticActivation(dtype, symmetric, method or act.range.type, act.range.type)
+    if act.per == "tensor":
+        return static
+    return SwitchedActivation(
+        static, ManyTokens() if act.timestep_sep is None else BelowTimestep(act.timestep_sep)
     )
 
 

@@ -75,7 +75,8 @@ class QuantizeStep(Config):
         bits = self.weight.dtype.removeprefix("u").removeprefix("int")
         if self.act is None:
             return f"W{bits}A16"
-        return f"W{bits}A8_DYNAMIC" if self.act.when == "dynamic" else f"W{bits}A8"
+        kind = {"dynamic": "_DYNAMIC", "timestep": "_TIMESTEP", "prefill": "_MIX"}.get(self.act.when, "")
+        return f"W{bits}A8{kind}"
 
 
 def _step_type(step: object) -> str:
@@ -181,7 +182,7 @@ class Recipe(Config):
     def needs_ranges(self) -> bool:
         """Whether activations or a KV cache get a range from calibration data."""
         steps = [s for s in self.steps if isinstance(s, QuantizeStep)]
-        static = any(s.act is not None and s.act.when == "static" for s in steps)
+        static = any(s.act is not None and s.act.needs_range for s in steps)
         return static or bool(self.attentions) or any(step.needs_data for step in self.caches)
 
     def dump(self) -> dict[str, Any]:

@@ -157,7 +157,7 @@ class _Run:
             seen = run_session(self.exact_tapped, self.names, feed, sample)
             known = dict(zip(self.names, seen, strict=True))
             if self.tapped is not None:
-                given = self.exchange.feed(feed)
+                given = self.exchange.feed(feed, sample)
                 seen = run_session(self.tapped, [layer.tensor for layer in self.layers], given, sample)
                 for layer, values in zip(self.layers, seen, strict=True):
                     layer.cumulative.add(known[layer.tensor], values, str(sample))

@@ -79,7 +79,7 @@ def verify(
         )  # not before: block-wise, the float model is through by now
         answers = _answer(fast, names, (sample, feed), exchange)
         _add(total, expected, answers, str(sample))
-        first = first or (feed, answers)
+        first = first or (exchange.feed(feed, sample) if exchange.timestep else feed, answers)
         if count <= _UNOPTIMIZED_SAMPLES:
             _add(few_fast, expected, answers, str(sample))
             again.append(((sample, feed), expected))
@@ -158,7 +158,7 @@ def _plain(
             yield _answer(session, names, item, exchange)
         return
     every = exchange.names(names)
-    fed = [(sample, exchange.feed(feed)) for sample, feed in items]
+    fed = [(sample, exchange.feed(feed, sample)) for sample, feed in items]
     try:
         for _, values in run_blockwise(model, fed, every, options=options, folder=spool.folder):
             yield exchange.read(every, [values[n] for n in every])[: len(names)]

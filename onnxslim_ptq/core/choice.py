@@ -7,8 +7,17 @@ from dataclasses import dataclass
 from calib.ranges import RangeMethod
 from onnxslim_ptq.core.dtypes import INT8, IntType
 from onnxslim_ptq.core.rounding import Rounder
+from onnxslim_ptq.core.spec import BelowTimestep, ManyTokens
 
-__all__ = ["AUTO", "OUTPUT_MSE", "LayerChoice", "PerTokenActivation", "StaticActivation", "WeightForm"]
+__all__ = [
+    "AUTO",
+    "OUTPUT_MSE",
+    "LayerChoice",
+    "PerTokenActivation",
+    "StaticActivation",
+    "SwitchedActivation",
+    "WeightForm",
+]
 
 AUTO = "auto"
 OUTPUT_MSE = "output_mse"
@@ -34,6 +43,14 @@ class PerTokenActivation:
 
 
 @dataclass(frozen=True)
+class SwitchedActivation:
+    """Per token under the condition ``while_``, else ``static``; both have the type and symmetry of ``static``."""
+
+    static: StaticActivation
+    while_: BelowTimestep | ManyTokens
+
+
+@dataclass(frozen=True)
 class WeightForm:
     """The integer form of a weight: one scale per output channel, per tensor, or per ``group`` input channels.
 
@@ -51,7 +68,7 @@ class WeightForm:
 class LayerChoice:
     """How one layer is quantized; without ``activation`` only its weight is, without ``rounder`` to nearest."""
 
-    activation: StaticActivation | PerTokenActivation | None
+    activation: StaticActivation | PerTokenActivation | SwitchedActivation | None
     weight: WeightForm = WeightForm()
     bias_correction: bool = False
     rounder: Rounder | None = None

@@ -12,8 +12,11 @@ from onnxslim_ptq.core.cache import CacheChange
 from onnxslim_ptq.core.dtypes import IntType
 
 __all__ = [
+    "TIMESTEP",
+    "BelowTimestep",
     "BiasCodes",
     "Grain",
+    "ManyTokens",
     "PerChannel",
     "PerGroup",
     "PerTensor",
@@ -51,9 +54,29 @@ class PerGroup:
 
 
 @dataclass(frozen=True)
-class PerToken:
-    """One scale per row along the last axis, found at run time: the plan holds no numbers for it."""
+class BelowTimestep:
+    """Numbers are found at run time while the graph input ``timestep_idx`` is below ``threshold``."""
 
+    threshold: int
+
+
+@dataclass(frozen=True)
+class ManyTokens:
+    """Numbers are found at run time while there are several tokens: not in a decoder's steps of one token."""
+
+
+@dataclass(frozen=True)
+class PerToken:
+    """One scale per row along the last axis, found at run time; with ``while_`` only then, else one known scale.
+
+    Without ``while_`` the plan holds no numbers for it.
+    """
+
+    while_: BelowTimestep | ManyTokens | None = None
+
+
+TIMESTEP = "timestep_idx"
+"""The scalar int64 graph input, and the tag of a sample, that `BelowTimestep` looks at."""
 
 Grain = PerTensor | PerChannel | PerGroup | PerToken
 
@@ -117,7 +140,8 @@ class QParams:
 class Slot:
     """A quantized site: its spec and the id of its numbers in ``QuantPlan.params`` (readers of one tensor share it).
 
-    A PerToken slot has no numbers there; its id only tells readers of one tensor that they share the work."""
+    A PerToken slot without a condition has no numbers there; its id only tells readers of one tensor that they share
+    the work."""
 
     spec: QuantSpec
     params: str
@@ -158,6 +182,8 @@ class QuantPlan:
     ``weight_codes`` and ``bias_codes`` under the slot's params id; ``skipped`` tells why a node stays float.
     ``uncorrected`` keeps, for each layer whose bias was corrected, (node, port, values) of the bias before: a layer
     that stays float after all must get it back. ``io``: graph inputs and outputs that change their type.
+    ``attention`` names the params ids of queries, keys and values that are quantized per head (``<attention>.fa_q``),
+    and how many heads they have. ``timesteps``: for a params id that depends on the time step, its numbers at each.
     """
 
     activations: dict[Site, Slot] = field(default_factory=dict)
@@ -169,6 +195,7 @@ class QuantPlan:
     bias_codes: dict[str, BiasCodes] = field(default_factory=dict)
     uncorrected: dict[str, tuple[str, int, Array]] = field(default_factory=dict)
     attention: dict[str, tuple[str, int]] = field(default_factory=dict)
+    timesteps: dict[str, dict[int, QParams]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     io: list[CacheChange] = field(default_factory=list)

@@ -15,7 +15,16 @@ import onnx
 from safetensors.numpy import save
 
 from calib.types import Array
-from onnxslim_ptq.core.spec import QParams, QuantPlan, Result, Use, WeightCodes
+from onnxslim_ptq.core.spec import (
+    BelowTimestep,
+    ManyTokens,
+    PerToken,
+    QParams,
+    QuantPlan,
+    Result,
+    Use,
+    WeightCodes,
+)
 from onnxslim_ptq.errors import VerificationError
 from onnxslim_ptq.export.files import OutputPaths, create
 from onnxslim_ptq.graph.graph import Graph
@@ -254,9 +263,18 @@ def _initializer_read(
     return str(name)
 
 
+# What an activation's numbers wait for: `when` of the recipe.
+_WHEN: dict[type, str] = {BelowTimestep: "timestep", ManyTokens: "prefill", type(None): "dynamic"}
+
+
 def _activations(made: Description, plan: QuantPlan, names: _Names) -> dict[str, Json]:
     entries: dict[str, Json] = {}
     dynamic = {slot.params: slot.spec for slot in plan.activations.values() if slot.params not in plan.params}
+    switched = {
+        s.params: _WHEN[type(g.while_)]
+        for s in plan.activations.values()
+        if isinstance(g := s.spec.grain, PerToken)
+    }
     for (tensor, key), nodes in names.sites.items():
         name = names.activation[(tensor, key)]
         if key in dynamic:
@@ -278,7 +296,7 @@ def _activations(made: Description, plan: QuantPlan, names: _Names) -> dict[str,
         entries[name] = {
             "nodes": list(dict.fromkeys(nodes)),
             "dtype": params.spec.dtype.name,
-            "when": "static",
+            "when": switched.get(key, "static"),
             "axis": params.axis,
             **made.numbers(f"activations/{name}", params),
             "range": [_bound(made, f"activations/{name}/lo", lo), _bound(made, f"activations/{name}/hi", hi)],

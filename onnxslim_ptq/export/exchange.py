@@ -19,6 +19,7 @@ from calib.errors import GraphError
 from calib.model import Model, to_array
 from calib.runner import run_session
 from calib.types import Array, Feed, SampleId
+from onnxslim_ptq.core.spec import TIMESTEP
 from onnxslim_ptq.export.cache import METADATA
 
 __all__ = ["Exchange", "IntegerCache"]
@@ -57,26 +58,32 @@ class IntegerCache:
 
 @dataclass(frozen=True)
 class Exchange:
-    """``caches`` by name of the input or output."""
+    """``caches`` by name of the input or output; ``timestep``: whether the model wants the sample's time step."""
 
     caches: Mapping[str, IntegerCache] = field(default_factory=dict)
+    timestep: bool = False
 
     @classmethod
     def of(cls, model: Model) -> Exchange:
         """Read from the model's metadata; GraphError when that is not what this package writes."""
+        timestep = any(value.name == TIMESTEP for value in model.proto.graph.input)
         text = next((p.value for p in model.proto.metadata_props if p.key == METADATA), None)
         if text is None:
-            return cls()
+            return cls(timestep=timestep)
         try:
             stored = {t.name: t for t in model.proto.graph.initializer}
-            return cls({name: _cache(entry, stored, model) for name, entry in json.loads(text).items()})
+            caches = {name: _cache(entry, stored, model) for name, entry in json.loads(text).items()}
+            return cls(caches, timestep)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise GraphError(
                 f"{model.name}: metadata '{METADATA}' cannot be read ({error!r}); write the model again"
             ) from None
 
-    def feed(self, feed: Feed) -> Feed:
-        """The feed with codes in place of float caches."""
+    def feed(self, feed: Feed, sample: SampleId | None = None) -> Feed:
+        """The feed with codes in place of float caches, and the time step of ``sample`` (0 when it has none)."""
+        if self.timestep and TIMESTEP not in feed:
+            step = sample.tags.get(TIMESTEP, 0) if sample is not None else 0
+            feed = {**feed, TIMESTEP: np.asarray(step, np.int64)}
         if not self.caches:
             return feed
         made: dict[str, Array] = {}
@@ -93,7 +100,7 @@ class Exchange:
     def run(self, session: Any, outputs: Sequence[str], feed: Feed, sample: SampleId) -> list[Any]:
         """The named outputs, as floats."""
         names = self.names(outputs)
-        return self.read(names, run_session(session, names, self.feed(feed), sample))[: len(outputs)]
+        return self.read(names, run_session(session, names, self.feed(feed, sample), sample))[: len(outputs)]
 
     def read(self, names: Sequence[str], values: Sequence[Any]) -> list[Any]:
         """The values of the named outputs, codes as what they stand for."""

@@ -4,6 +4,9 @@
     asymmetric:  r = (max x - min x) / 2  c = (max x + min x) / 2
     y = x W = r * ((x - c) / r) W + c * (1 W)
 
+Where a known scale s and zero point z serve unless a condition holds, r = 127 s and c = -z s take the place of the
+row's: the codes and products are then those of static quantization, with the same one integer weight.
+
 (x - c) / r lies in [-1, 1] and goes through QuantizeLinear and DequantizeLinear with the constant scale 1/127, so that
 ONNX Runtime turns the inner MatMul into an integer kernel. The layer is linear: taking r and c out before and putting
 them back behind is exact, 1 W being the column sums of the rounded weight. A bias goes behind.
@@ -22,7 +25,7 @@ from onnxslim_ptq.core.qmath import dequantize
 from onnxslim_ptq.core.spec import PerTensor, QParams, QuantSpec, WeightCodes
 from onnxslim_ptq.graph.graph import Graph
 
-__all__ = ["Rows", "normalize", "row_params", "scale_back"]
+__all__ = ["Rows", "normalize", "row_params", "scale_back", "switch"]
 
 _AXES_ARE_INPUTS = 18  # of ReduceMax and ReduceMin
 _TINY = 1e-7  # a row of equal values keeps codes 0; representable in float16
@@ -64,6 +67,22 @@ def normalize(graph: Graph, tensor: gs.Tensor, dtype: type[np.floating], symmetr
     floor = graph.constant(f"{name}_row_floor", np.asarray(_TINY, dtype))
     scales = _add(graph, "Max", f"{name}_row_scale", [largest, floor])
     return Rows(_add(graph, "Div", f"{name}_rows", [moved, scales]), scales, centres, dtype)
+
+
+def switch(graph: Graph, rows: Rows, tensor: gs.Tensor, known: QParams, static: gs.Tensor) -> Rows:
+    """``rows`` of ``tensor``, with those that the numbers ``known`` give where the scalar bool ``static`` is true."""
+    name, dtype = tensor.name, known.spec.dtype
+    middle = (dtype.highest + dtype.lowest + 1) // 2
+    largest = (dtype.highest - dtype.lowest) // 2
+    radius = graph.constant(f"{name}_static_radius", np.asarray(largest * known.scale, rows.dtype))
+    scales = _add(graph, "Where", f"{name}_scale", [static, radius, rows.scales])
+    centres, moved = rows.centres, tensor
+    if centres is not None:
+        middle_value = np.asarray(-(int(known.zero_point) - middle) * known.scale, rows.dtype)
+        constant = graph.constant(f"{name}_static_centre", middle_value)
+        centres = _add(graph, "Where", f"{name}_centre", [static, constant, centres])
+        moved = _add(graph, "Sub", f"{name}_from_centre", [tensor, centres])
+    return Rows(_add(graph, "Div", f"{name}_switched", [moved, scales]), scales, centres, rows.dtype)
 
 
 def scale_back(graph: Graph, node: gs.Node, rows: Rows, weight: WeightCodes) -> None:

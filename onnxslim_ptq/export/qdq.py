@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
@@ -12,7 +13,10 @@ from calib.errors import GraphError
 from calib.model import Model
 from calib.types import Array
 from onnxslim_ptq.core.spec import (
+    TIMESTEP,
+    BelowTimestep,
     BiasCodes,
+    ManyTokens,
     PerChannel,
     PerGroup,
     PerTensor,
@@ -27,7 +31,7 @@ from onnxslim_ptq.core.spec import (
 from onnxslim_ptq.core.targets import Target
 from onnxslim_ptq.export.cache import declare_cache, render_cache
 from onnxslim_ptq.export.float16 import ABSORBED, compute_in_float32, half_layers
-from onnxslim_ptq.export.per_token import Rows, normalize, row_params, scale_back
+from onnxslim_ptq.export.per_token import Rows, normalize, row_params, scale_back, switch
 from onnxslim_ptq.graph.edit import is_captured
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.ir import lowest_ir
@@ -82,6 +86,9 @@ def render_qdq(model: Model, plan: QuantPlan, target: Target) -> Model:
         compute_in_float32(graph, half)
     cache = render_cache(graph, plan.io)
     rendered = graph.to_model()
+    if "" in writer.static and all(value.name != TIMESTEP for value in graph.inputs):
+        step = onnx.helper.make_tensor_value_info(TIMESTEP, TensorProto.INT64, [])
+        rendered.proto.graph.input.append(step)
     declare_cache(rendered.proto, cache)
     rendered.proto.ir_version = lowest_ir(rendered.proto)
     return rendered
@@ -97,6 +104,7 @@ class _Writer:
     pairs: dict[tuple[str, str], gs.Tensor] = field(default_factory=dict)
     numbers: dict[tuple[str, str], tuple[gs.Constant, gs.Constant]] = field(default_factory=dict)
     weights: dict[tuple[str, bool], gs.Tensor] = field(default_factory=dict)
+    static: dict[str, gs.Tensor] = field(default_factory=dict)
     rows: dict[tuple[str, str], Rows] = field(default_factory=dict)
 
     def quantize_result(self, name: str, slot: Slot) -> None:
@@ -136,12 +144,37 @@ class _Writer:
         key = (tensor.name, slot.params)
         if key not in self.rows:
             rows = normalize(self.graph, tensor, _float_type(self.graph, node), slot.spec.symmetric)
+            assert isinstance(slot.spec.grain, PerToken)
+            if slot.spec.grain.while_ is not None:
+                static = self._is_static(tensor, slot.spec.grain.while_)
+                rows = switch(self.graph, rows, tensor, self.plan.params[slot.params], static)
             params = row_params(slot.spec.dtype)
             real = self._pair(rows.values, slot.params, params, use.node in self.half)
             self.rows[key] = replace(rows, values=real)
         node.inputs[use.port] = self.rows[key].values
         weight = next(s for u, s in self.plan.weights.items() if u.node == use.node)
         scale_back(self.graph, node, self.rows[key], self.plan.weight_codes[weight.params])
+
+    def _is_static(self, tensor: gs.Tensor, unless: BelowTimestep | ManyTokens) -> gs.Tensor:
+        """A scalar bool that is false while ``unless`` holds for the rows of ``tensor``."""
+        graph = self.graph
+        key = "" if isinstance(unless, BelowTimestep) else tensor.name
+        if key not in self.static:
+            base = key or TIMESTEP
+            if isinstance(unless, BelowTimestep):
+                given = any(value.name == TIMESTEP for value in graph.inputs)
+                step = graph.tensor(TIMESTEP) if given else gs.Variable(TIMESTEP)
+                limit = graph.constant(f"{base}_limit", np.asarray(unless.threshold, np.int64))
+                op, pair = "GreaterOrEqual", [step, limit]
+            else:
+                shape, length = graph.variable(f"{base}_shape"), graph.variable(f"{base}_length")
+                graph.add_node("Shape", f"{base}_Shape", [tensor], [shape])
+                place = graph.constant(f"{base}_tokens", np.asarray(-2, np.int64))
+                graph.add_node("Gather", f"{base}_Gather", [shape, place], [length], {"axis": 0})
+                op, pair = "Equal", [length, graph.constant(f"{base}_one", np.asarray(1, np.int64))]
+            self.static[key] = graph.variable(f"{base}_is_static")
+            graph.add_node(op, f"{base}_{op}", pair, [self.static[key]])
+        return self.static[key]
 
     def quantize_weight(self, use: Use, slot: Slot) -> None:
         """Nodes whose weights share a params id share one integer tensor."""

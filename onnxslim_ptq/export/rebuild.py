@@ -21,6 +21,7 @@ from onnxslim_ptq.core.dtypes import INT8, INT32
 from onnxslim_ptq.core.qmath import quantize_bias
 from onnxslim_ptq.core.spec import (
     BiasCodes,
+    ManyTokens,
     PerChannel,
     PerTensor,
     PerToken,
@@ -150,7 +151,11 @@ def _plan_layer(
     if kind == "W8A8_DYNAMIC":
         rows = QuantSpec(target.activation, PerToken(), target.symmetric_activation)
         plan.activations[site] = Slot(rows, f"{layer.activation_name}@token")
-    if kind != "W8A8":
+    if kind == "W8A8_TIMESTEP":
+        raise GraphError(
+            f"'{module}' has the kind {kind}: its files do not tell from which time step it is static"
+        )
+    if kind not in ("W8A8", "W8A8_MIX"):
         return
     dtype = target.activation
     shift = 0 if dtype.signed else (dtype.highest + 1) // 2
@@ -160,8 +165,10 @@ def _plan_layer(
     # Readers of one tensor that share its numbers share the quantizer, as in the graph the files came from.
     key = f"{layer.activation_name}@{float(s_x)!r}@{int(zero)}"
     plan.params[key] = QParams(act, s_x, zero)
+    if kind == "W8A8_MIX":
+        act = QuantSpec(dtype, PerToken(ManyTokens()), target.symmetric_activation)
     plan.activations[site] = Slot(act, key)
-    if layer.bias is not None and target.bias is BiasForm.INT32:
+    if kind == "W8A8" and layer.bias is not None and target.bias is BiasForm.INT32:
         values = np.asarray(graph.value(node.inputs[layer.bias]), np.float64)
         both = np.asarray(np.float32(s_x * np.broadcast_to(scale, values.shape)), np.float64)
         integers, clipped = quantize_bias(values, both)

@@ -4,6 +4,8 @@
 |---|---|---|
 | all | ``L.weight`` int8, ``L.weight_scale``, ``L.weight_offset`` (zeros), ``L.bias`` if any | [out, in], [out, 1] |
 | W8A8 | ``L.input_scale``, ``L.input_offset``, ``L.deq_scale`` int64, ``L.quant_bias`` int32 | [1], [out] |
+| W8A8_TIMESTEP | the same for every calibrated time step, ascending | [T, 1], [T, out] |
+| W8A8_MIX | as W8A8: what serves single tokens | |
 | FAQuant | ``A.fa_q.scale`` float32, ``A.fa_q.offset`` int8 (zeros), the same for k and v of attention A | [heads, 1] |
 
     deq = float32(input_scale * weight_scale), stored as `pack_int64`
@@ -25,7 +27,18 @@ import onnx_graphsurgeon as gs
 from calib.types import Array
 from onnxslim_ptq.core.deq_scale import deq_scale, pack_int64
 from onnxslim_ptq.core.dtypes import INT8
-from onnxslim_ptq.core.spec import PerChannel, PerTensor, PerToken, QParams, QuantPlan, Slot, Use, WeightCodes
+from onnxslim_ptq.core.spec import (
+    BelowTimestep,
+    ManyTokens,
+    PerChannel,
+    PerTensor,
+    PerToken,
+    QParams,
+    QuantPlan,
+    Slot,
+    Use,
+    WeightCodes,
+)
 from onnxslim_ptq.errors import GraphError
 from onnxslim_ptq.graph.edit import following_bias
 from onnxslim_ptq.graph.graph import Graph
@@ -131,22 +144,42 @@ def _quantized(
     made.add(f"{module}.weight_offset", np.zeros_like(scale[:, None]), kind)
     if params is None:
         return
-    input_scale, offset = np.float32(params.scale), signed_zero(params)
-    deq = deq_scale(input_scale, scale)
     real = np.zeros(layer.channels) if bias is None else np.asarray(bias.values, np.float64)
     sums = codes.astype(np.int64).reshape(layer.channels, -1).sum(axis=1)
-    codes32 = np.rint(real / deq.astype(np.float64) - offset * sums)
+    assert input_slot is not None
+    steps = plan.timesteps.get(input_slot.params)
+    if steps is None:
+        derived = _derived(params, scale, real, sums)
+    else:
+        each = [_derived(steps[step], scale, real, sums) for step in sorted(steps)]
+        derived = {part: np.stack([one[part] for one in each]) for part in each[0]}
+    for part, values in derived.items():
+        made.add(f"{module}.{part}", values, kind)
+
+
+def _derived(params: QParams, scale: Array, bias: Array, sums: Array) -> dict[str, Array]:
+    """What one set of input numbers makes of the weight scales, the bias and the sums of codes, all [out]."""
+    input_scale, offset = np.float32(params.scale), signed_zero(params)
+    deq = deq_scale(input_scale, scale)
+    codes = np.rint(
+        np.asarray(bias, np.float64) / deq.astype(np.float64) - offset * np.asarray(sums, np.int64)
+    )
     limit = np.iinfo(np.int32)
-    made.add(f"{module}.input_scale", np.asarray([input_scale]), kind)
-    made.add(f"{module}.input_offset", np.asarray([offset], np.float32), kind)
-    made.add(f"{module}.quant_bias", np.clip(codes32, limit.min, limit.max).astype(np.int32), kind)
-    made.add(f"{module}.deq_scale", pack_int64(deq), kind)
+    return {
+        "input_scale": np.asarray([input_scale]),
+        "input_offset": np.asarray([offset], np.float32),
+        "quant_bias": np.clip(codes, limit.min, limit.max).astype(np.int32),
+        "deq_scale": pack_int64(deq),
+    }
 
 
 def _kind(activation: Slot | None) -> str:
     if activation is None:
         return "W8A16"
-    return "W8A8_DYNAMIC" if isinstance(activation.spec.grain, PerToken) else "W8A8"
+    grain = activation.spec.grain
+    if not isinstance(grain, PerToken):
+        return "W8A8"
+    return {BelowTimestep: "W8A8_TIMESTEP", ManyTokens: "W8A8_MIX"}.get(type(grain.while_), "W8A8_DYNAMIC")
 
 
 def _require_form(module: str, stored: WeightCodes, channels: int) -> Array:

@@ -142,14 +142,28 @@ class ActConfig(Config):
 
     dtype: Literal["auto", "int8", "uint8"] = "auto"
     per: Literal["tensor", "token"] = "tensor"
-    when: Literal["static", "dynamic"] = "static"
+    when: Literal["static", "dynamic", "prefill", "timestep"] = "static"
+    timestep_sep: int | None = Field(default=None, ge=0)
     symmetric: Literal["auto", True, False] = "auto"
     range: RangeConfig = RangeConfig(type="auto")
 
+    @property
+    def needs_range(self) -> bool:
+        """Whether there is a scale that is known before the model runs."""
+        return self.when != "dynamic"
+
     @model_validator(mode="after")
     def _tokens_are_dynamic(self) -> ActConfig:
-        if (self.per == "token") != (self.when == "dynamic"):
+        if (self.per == "token") != (self.when != "static"):
             raise problem("per: token and when: dynamic belong together; give both or neither", "when")
-        if self.per == "token" and "range" in self.model_fields_set:
+        if (self.when == "timestep") != (self.timestep_sep is not None):
+            raise problem(
+                "when: timestep and timestep_sep belong together; give both or neither", "timestep_sep"
+            )
+        if self.needs_range and self.per == "token" and self.range.type in STEP_RANGES:
+            raise problem(
+                f"'{self.range.type}' serves static activations only; name a method, as minmax", "range"
+            )
+        if self.when == "dynamic" and "range" in self.model_fields_set:
             raise problem("a per-token scale is found while the model runs; leave the range out", "range")
         return self

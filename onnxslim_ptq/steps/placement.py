@@ -8,10 +8,18 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxslim_ptq.core.choice import LayerChoice, PerTokenActivation, StaticActivation, WeightForm
+from onnxslim_ptq.core.choice import (
+    LayerChoice,
+    PerTokenActivation,
+    StaticActivation,
+    SwitchedActivation,
+    WeightForm,
+)
 from onnxslim_ptq.core.dtypes import INT32
 from onnxslim_ptq.core.spec import (
+    BelowTimestep,
     Grain,
+    ManyTokens,
     PerChannel,
     PerGroup,
     PerTensor,
@@ -37,7 +45,7 @@ class PlacedTensor:
     that make it, perhaps through an activation function.
 
     ``at_result``: quantized where it is produced, for every reader, because the integer kernel that makes it needs a
-    quantized output.
+    quantized output. ``while_``: its numbers hold unless that is so.
     """
 
     params: str
@@ -47,6 +55,7 @@ class PlacedTensor:
     readers: list[Linear] = field(default_factory=list)
     producers: list[Linear] = field(default_factory=list)
     at_result: bool = False
+    while_: BelowTimestep | ManyTokens | None = None
 
 
 @dataclass
@@ -78,6 +87,13 @@ class Placement:
                 spec = QuantSpec(choice.activation.dtype, PerToken(), choice.activation.symmetric)
                 kind = "@tokens" if spec.symmetric else "@token"
                 plan.activations[site] = Slot(spec, f"{layer.activation_name}{kind}")
+            if isinstance(choice.activation, SwitchedActivation):
+                key, static = (
+                    switched_params(layer.activation_name, choice.activation),
+                    choice.activation.static,
+                )
+                spec = QuantSpec(static.dtype, PerToken(choice.activation.while_), static.symmetric)
+                plan.activations[site] = Slot(spec, key)
             if not isinstance(choice.activation, StaticActivation):
                 continue
             params = produced.get(layer.activation_name) or activation_params(
@@ -94,6 +110,11 @@ class Placement:
 def activation_params(tensor: str, choice: StaticActivation) -> str:
     """Readers of one tensor share its numbers unless they want another type, symmetry or range."""
     return f"{tensor}@{choice.dtype}{'s' if choice.symmetric else ''}@{choice.range_name}"
+
+
+def switched_params(tensor: str, choice: SwitchedActivation) -> str:
+    """Readers of one tensor with the same condition share its numbers, of which they have their own."""
+    return f"{activation_params(tensor, choice.static)}@{choice.while_}"
 
 
 def weight_params(layer: Linear, choice: LayerChoice) -> str:
@@ -133,15 +154,24 @@ def place(
         if layer.op not in target.ops:
             placement.skipped[name] = f"{target.name} has no integer {layer.op}"
             continue
-        if isinstance(choice.activation, PerTokenActivation) and not _has_rows(graph, layer):
+        if isinstance(choice.activation, PerTokenActivation | SwitchedActivation) and not _has_rows(
+            graph, layer
+        ):
             placement.skipped[name] = NO_ROWS
             continue
         placement.layers[name] = (layer, choice)
-        if not isinstance(act := choice.activation, StaticActivation):
+        found = choice.activation
+        while_: BelowTimestep | ManyTokens | None = None
+        if isinstance(found, SwitchedActivation):
+            key, act, while_ = switched_params(layer.activation_name, found), found.static, found.while_
+        elif isinstance(found, StaticActivation):
+            key, act = activation_params(layer.activation_name, found), found
+        else:
             continue
         spec = QuantSpec(act.dtype, PerTensor(), act.symmetric)
-        key = activation_params(layer.activation_name, act)
-        placed = placement.tensors.setdefault(key, PlacedTensor(key, layer.activation_name, spec, act))
+        placed = placement.tensors.setdefault(
+            key, PlacedTensor(key, layer.activation_name, spec, act, while_=while_)
+        )
         placed.readers.append(layer)
     for name, (layer, choice) in placement.layers.items():
         wanted = layer.op in target.output_q or name in output_q
@@ -160,7 +190,7 @@ def _has_rows(graph: Graph, layer: Linear) -> bool:
 def _quantize_output(graph: Graph, placement: Placement, layer: Linear, choice: StaticActivation) -> None:
     """One Q at the value: it is then quantized for every reader, so a reader that wants other numbers shares these."""
     tensor = after_activation(graph, graph.node(layer.node), choice)
-    existing = [p for p in placement.tensors.values() if p.tensor == tensor.name]
+    existing = [p for p in placement.tensors.values() if p.tensor == tensor.name and p.while_ is None]
     if existing:
         _share(placement, existing, layer.node).producers.append(layer)
         return

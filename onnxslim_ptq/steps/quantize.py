@@ -12,11 +12,12 @@ from calib.stats import HistogramStats, MeanStats
 from calib.types import Probe, Range, Stats
 from onnxslim_ptq.core.choice import AUTO, OUTPUT_MSE
 from onnxslim_ptq.core.qmath import params_from_range, reciprocal_pair
-from onnxslim_ptq.core.spec import QParams, QuantPlan
+from onnxslim_ptq.core.spec import BelowTimestep, QParams, QuantPlan
 from onnxslim_ptq.steps.output_range import output_probes, output_range
 from onnxslim_ptq.steps.placement import Placement
 from onnxslim_ptq.steps.ranges import after_ranges, candidates, fixed_range, range_probe, range_probes
 from onnxslim_ptq.steps.rounding import round_weights
+from onnxslim_ptq.steps.timesteps import timestep_ranges
 from onnxslim_ptq.steps.weights import add_bias_codes, add_weight_codes, correct_biases, mean_probe
 from onnxslim_ptq.workspace import Workspace
 
@@ -60,10 +61,21 @@ def apply(workspace: Workspace, placement: Placement, stats: Mapping[Probe, Stat
         workspace.changed()
     plan.ranges = _ranges(workspace, placement, plan, stats, plain)
     plan.params = _numbers(placement, plan.ranges)
+    _at_timesteps(workspace, placement, plan)
     if workspace.target.reciprocal_scale:
         plan.params = {key: reciprocal_pair(params) for key, params in plan.params.items()}
     add_bias_codes(workspace.graph, plan, layers)
     return plan
+
+
+def _at_timesteps(workspace: Workspace, placement: Placement, plan: QuantPlan) -> None:
+    """Numbers at each time step; those at the threshold are the ones the graph has."""
+    for key, ranges in timestep_ranges(workspace, placement.tensors).items():
+        placed = placement.tensors[key]
+        assert isinstance(placed.while_, BelowTimestep)
+        plan.timesteps[key] = {step: params_from_range(rng, placed.spec) for step, rng in ranges.items()}
+        plan.params[key] = plan.timesteps[key][placed.while_.threshold]
+        plan.ranges[key] = (ranges[placed.while_.threshold], plan.ranges[key][1])
 
 
 Ranges = dict[str, tuple[Range, str]]

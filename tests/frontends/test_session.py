@@ -22,6 +22,7 @@ from onnxslim_ptq.frontends.session import (
     M6ProcessorConfig,
     SaveProcessorConfig,
     SessionConfig,
+    TimestepManager,
     W8A8DynamicProcessorConfig,
     W8A8DynamicQuantConfig,
     W8A8ProcessorConfig,
@@ -175,6 +176,28 @@ class TestProcessors:
         assert len(result.plan.attention) == 6  # queries, keys and values of two blocks
         document = json.loads((tmp_path / "quant_model_description_w8a8_dynamic.json").read_text())
         assert document["fa_quant_type"] == "FAQuant"
+
+    def test_timestep(self, tmp_path: Path) -> None:
+        data = [{"timestep_idx": i % 4, "args": sample} for i, sample in enumerate(samples(16))]
+        scheme = W8A8TimeStepProcessorConfig(cfg=W8A8TimeStepQuantConfig(), disable_names=[], timestep_sep=2)
+        save = SaveProcessorConfig(output_path=str(tmp_path))
+        config = SessionConfig(processor_cfg_map={"w8a8_timestep": scheme, "save": save}, calib_data=data)
+        quant_model(model(), config)
+        tensors = load_file(tmp_path / "quant_model_weight_w8a8_timestep.safetensors")
+        assert tensors["b.0.to_q.input_scale"].shape == (4, 1)
+        run = ort.InferenceSession(tmp_path / "model_w8a8_timestep.onnx").run
+        seen = []
+        for step in (0, 1, 2, 3):
+            TimestepManager.set_timestep_idx(step)
+            seen.append(run(None, TimestepManager.feed({"image": samples()[0][0]}))[0])
+        assert np.array_equal(seen[0], seen[1])
+        assert np.array_equal(seen[2], seen[3])
+        assert not np.array_equal(seen[1], seen[2])
+
+    @pytest.mark.parametrize("step", [-1, 2.5, "3", True, None])
+    def test_a_step_is_a_whole_number(self, step: Any) -> None:
+        with pytest.raises(ValueError, match="timestep_idx: expected a whole number of at least 0"):
+            TimestepManager.set_timestep_idx(step)
 
     def test_a_group_with_a_disabled_layer_is_left_alone(self) -> None:
         result = quant_model(model(), session(w8a8=static("b.0.to_q"), m4=M4ProcessorConfig()))

@@ -16,6 +16,7 @@ from onnxslim_ptq.frontends.session.config import (
     W8A8TimeStepQuantConfig,
 )
 from onnxslim_ptq.frontends.session.run import quant_model
+from onnxslim_ptq.frontends.session.timestep import TimestepManager
 
 __all__ = [
     "FA3ProcessorConfig",
@@ -25,6 +26,7 @@ __all__ = [
     "M6ProcessorConfig",
     "SaveProcessorConfig",
     "SessionConfig",
+    "TimestepManager",
     "W8A8DynamicProcessorConfig",
     "W8A8DynamicQuantConfig",
     "W8A8ProcessorConfig",

@@ -61,7 +61,11 @@ def quant_model(
 
 
 def _feed(index: int, sample: object, inputs: Sequence[str]) -> dict[str, Array]:
-    """One sample of ``calib_data`` by input name: a mapping, or values in the order of the model's inputs."""
+    """One sample of ``calib_data`` by input name: a mapping, values in the order of the model's inputs, or
+    ``{"timestep_idx": step, "args": values}``."""
+    if isinstance(sample, Mapping) and "args" in sample and "args" not in inputs:
+        rest = {str(name): _array(value) for name, value in sample.items() if name != "args"}
+        return {**_feed(index, sample["args"], inputs), **rest}
     if isinstance(sample, Mapping):
         return {str(name): _array(value) for name, value in sample.items()}
     values = sample if isinstance(sample, list | tuple) else [sample]

@@ -37,7 +37,7 @@ _CONVOLUTIONS = ("Conv", "ConvTranspose")
 _PER_CHANNEL_OPSET = 13
 _GIGABYTE = 1024**3
 _KEY = "processor_cfg_map"
-Processor = Mapping[str, BaseModel]
+_Scheme = W8A8ProcessorConfig | W8A8DynamicProcessorConfig | W8A8TimeStepProcessorConfig
 
 
 def require_complete(session: SessionConfig, has_data: bool) -> None:
@@ -75,9 +75,7 @@ def recipe_of(
     """The recipe of ``session`` for ``model``; RecipeError when a processor cannot be served."""
     given = session.processor_cfg_map
     scheme = next(given[name] for name in given if name in _SCHEMES)
-    if isinstance(scheme, W8A8TimeStepProcessorConfig):
-        raise RecipeError(f"{_KEY}: w8a8_timestep is not available yet; use w8a8 or w8a8_dynamic")
-    assert isinstance(scheme, W8A8ProcessorConfig | W8A8DynamicProcessorConfig)
+    assert isinstance(scheme, _Scheme)
     last = [_last_linear(model)] if disable_last_linear else []
     ops = {node.op_type for node in model.proto.graph.node}
     convolutions = [] if quantize_conv else [f"op:{op}" for op in _CONVOLUTIONS if op in ops]
@@ -96,10 +94,13 @@ def recipe_of(
     return Recipe.load({"target": target, "names": dict(names or {}), "steps": whole})
 
 
-def _activation(scheme: W8A8ProcessorConfig | W8A8DynamicProcessorConfig) -> dict[str, Any]:
+def _activation(scheme: _Scheme) -> dict[str, Any]:
     if isinstance(scheme, W8A8DynamicProcessorConfig):
         return {"per": "token", "when": "dynamic"}
-    return {"per": "tensor", "when": "static", "range": {"type": ACT_METHODS[scheme.cfg.act_method]}}
+    ranges = {"range": {"type": ACT_METHODS[scheme.cfg.act_method]}}
+    if isinstance(scheme, W8A8TimeStepProcessorConfig):
+        return {"per": "token", "when": "timestep", "timestep_sep": scheme.timestep_sep, **ranges}
+    return {"per": "tensor", "when": "static", **ranges}
 
 
 def _smoothing(name: str, config: BaseModel, disabled: list[str]) -> dict[str, Any]:
