@@ -16,18 +16,11 @@ from calib.saved.store import Statistics
 from calib.stats import HistogramStats, MinMaxStats
 from calib.types import Dataset, Probe, Stats
 from onnxslim_ptq.analysis.verify import Verification, verify
-from onnxslim_ptq.core.choice import (
-    LayerChoice,
-    PerTokenActivation,
-    StaticActivation,
-    SwitchedActivation,
-    WeightForm,
-)
-from onnxslim_ptq.core.dtypes import int_type
+from onnxslim_ptq.core.choice import LayerChoice
 from onnxslim_ptq.core.match import Layer
-from onnxslim_ptq.core.spec import BelowTimestep, ManyTokens, QuantPlan
+from onnxslim_ptq.core.spec import QuantPlan
 from onnxslim_ptq.core.targets import BiasForm, Target
-from onnxslim_ptq.errors import RecipeError, VerificationError
+from onnxslim_ptq.errors import VerificationError
 from onnxslim_ptq.export.fusion import guard_float_layers
 from onnxslim_ptq.export.renderers import RENDERERS
 from onnxslim_ptq.graph.graph import Graph
@@ -36,7 +29,7 @@ from onnxslim_ptq.graph.opset import raise_opset
 from onnxslim_ptq.graph.optimize import optimize
 from onnxslim_ptq.graph.precision import already_quantized
 from onnxslim_ptq.recipe import Recipe
-from onnxslim_ptq.resolution import LayerConfig, named_layers, original_name, resolve
+from onnxslim_ptq.resolution import choice_of, named_layers, original_name, resolve
 from onnxslim_ptq.steps import attention, kv_cache, quantize
 from onnxslim_ptq.steps.fusing import dry_placement, leave_float, unfused_layers
 from onnxslim_ptq.steps.placement import Placement, place
@@ -239,57 +232,11 @@ def _choices(job: Job, graph: Graph) -> tuple[dict[str, tuple[Linear, LayerChoic
     others = [Layer(name, graph.node(name).op, original=original_name(name, given)) for name in reasons]
     resolution = resolve(job.recipe, named, others)
     chosen = {
-        lin.node: (lin, _choice(resolution.configs[lin.node], job.target))
+        lin.node: (lin, choice_of(resolution.configs[lin.node], job.target))
         for lin in linears
         if lin.node in resolution.configs
     }
     return chosen, {**reasons, **resolution.skipped}
-
-
-def _choice(config: LayerConfig, target: Target) -> LayerChoice:
-    weight = config.weight
-    form = WeightForm(
-        int_type(weight.dtype),
-        weight.symmetric,
-        weight.per != "tensor",
-        weight.group_size,
-        weight.full_range,
-    )
-    return LayerChoice(_activation(config, target), form, config.bias_correction, config.rounder.build())
-
-
-def _activation(
-    config: LayerConfig, target: Target
-) -> StaticActivation | PerTokenActivation | SwitchedActivation | None:
-    act = config.act
-    if target.static_only and (act is None or act.per == "token"):
-        raise RecipeError(
-            f"recipe: steps[{config.step}].act: target '{target.name}' takes static activations with one scale "
-            "only; leave act at its default, or choose another target"
-        )
-    if act is None:
-        return None
-    dtype = target.activation if act.dtype == "auto" else int_type(act.dtype)
-    symmetric = target.symmetric_activation if act.symmetric == "auto" else bool(act.symmetric)
-    if target.symmetric_activation and (not symmetric or dtype is not target.activation):
-        raise RecipeError(
-            f"recipe: steps[{config.step}].act: target '{target.name}' takes symmetric "
-            f"{target.activation} activations only; leave dtype and symmetric at auto"
-        )
-    if target.static_only and dtype is not target.activation:
-        raise RecipeError(
-            f"recipe: steps[{config.step}].act.dtype: target '{target.name}' takes {target.activation} activations "
-            "only; leave dtype at auto"
-        )
-    if act.when == "dynamic":
-        return PerTokenActivation(dtype, symmetric)
-    method = act.range.build()
-    static = StaticActivation(dtype, symmetric, method or act.range.type, act.range.type)
-    if act.per == "tensor":
-        return static
-    return SwitchedActivation(
-        static, ManyTokens() if act.timestep_sep is None else BelowTimestep(act.timestep_sep)
-    )
 
 
 def _statistics(

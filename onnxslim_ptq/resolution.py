@@ -7,7 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from calib.model import Model
+from onnxslim_ptq.core.choice import (
+    LayerChoice,
+    PerTokenActivation,
+    StaticActivation,
+    SwitchedActivation,
+    WeightForm,
+)
+from onnxslim_ptq.core.dtypes import int_type
 from onnxslim_ptq.core.match import Layer, Pattern, nearest
+from onnxslim_ptq.core.spec import BelowTimestep, ManyTokens
+from onnxslim_ptq.core.targets import Target
 from onnxslim_ptq.errors import RecipeError
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.linears import find_linears
@@ -17,7 +27,7 @@ from onnxslim_ptq.recipes.forms import has_kernel
 from onnxslim_ptq.steps.attention import AttentionStep
 from onnxslim_ptq.steps.kv_cache import KvCacheStep
 
-__all__ = ["LayerConfig", "Resolution", "named_layers", "original_name", "resolve"]
+__all__ = ["LayerConfig", "Resolution", "choice_of", "named_layers", "original_name", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -122,3 +132,50 @@ def _override(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         for key, value in new.items()
     }
     return {**old, **both}
+
+
+def choice_of(config: LayerConfig, target: Target) -> LayerChoice:
+    """What ``config`` means for a layer on ``target``; RecipeError when the target does not take it."""
+    weight = config.weight
+    form = WeightForm(
+        int_type(weight.dtype),
+        weight.symmetric,
+        weight.per != "tensor",
+        weight.group_size,
+        weight.full_range,
+    )
+    return LayerChoice(_activation(config, target), form, config.bias_correction, config.rounder.build())
+
+
+def _activation(
+    config: LayerConfig, target: Target
+) -> StaticActivation | PerTokenActivation | SwitchedActivation | None:
+    act = config.act
+    if target.static_only and (act is None or act.per == "token"):
+        raise RecipeError(
+            f"recipe: steps[{config.step}].act: target '{target.name}' takes static activations with one scale "
+            "only; leave act at its default, or choose another target"
+        )
+    if act is None:
+        return None
+    dtype = target.activation if act.dtype == "auto" else int_type(act.dtype)
+    symmetric = target.symmetric_activation if act.symmetric == "auto" else bool(act.symmetric)
+    if target.symmetric_activation and (not symmetric or dtype is not target.activation):
+        raise RecipeError(
+            f"recipe: steps[{config.step}].act: target '{target.name}' takes symmetric "
+            f"{target.activation} activations only; leave dtype and symmetric at auto"
+        )
+    if target.static_only and dtype is not target.activation:
+        raise RecipeError(
+            f"recipe: steps[{config.step}].act.dtype: target '{target.name}' takes {target.activation} activations "
+            "only; leave dtype at auto"
+        )
+    if act.when == "dynamic":
+        return PerTokenActivation(dtype, symmetric)
+    method = act.range.build()
+    static = StaticActivation(dtype, symmetric, method or act.range.type, act.range.type)
+    if act.per == "tensor":
+        return static
+    return SwitchedActivation(
+        static, ManyTokens() if act.timestep_sep is None else BelowTimestep(act.timestep_sep)
+    )

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import onnx
@@ -21,12 +21,11 @@ from onnxslim_ptq.core.spec import (
     PerToken,
     QParams,
     QuantPlan,
-    Result,
-    Use,
     WeightCodes,
 )
 from onnxslim_ptq.errors import VerificationError
 from onnxslim_ptq.export.files import OutputPaths, create
+from onnxslim_ptq.export.plan_names import PlanNames
 from onnxslim_ptq.graph.graph import Graph
 
 __all__ = [
@@ -44,7 +43,6 @@ FORMAT = "onnxslim_ptq.weights"
 VERSION = 1
 INLINE = 4096  # values from which on an array goes to the parameters file
 Json = Any  # None | bool | int | float | str | list | dict
-_K = TypeVar("_K")
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,7 @@ def describe(plan: QuantPlan, graph: Graph, rendered: onnx.ModelProto, context: 
     Raises VerificationError when a scale or range is not finite.
     """
     made = Description()
-    names = _Names(plan, graph)
+    names = PlanNames(plan, graph)
     made.document = {
         "format": FORMAT,
         "version": VERSION,
@@ -169,58 +167,9 @@ def write_description(description: Description, paths: OutputPaths) -> list[Path
     return [path for path, _ in files]
 
 
-class _Names:
-    """Turns the ids of a plan into the user's tensor names; an entry that would repeat a key gets "#2", "#3", …"""
-
-    def __init__(self, plan: QuantPlan, graph: Graph) -> None:
-        self.weights = _readers({use: slot.params for use, slot in plan.weights.items()})
-        self.biases = _readers({use: slot.params for use, slot in plan.biases.items()})
-        self.weight = _keys(
-            {
-                key: plan.weight_codes[key].name or _tensor_at(graph, uses[0])
-                for key, uses in self.weights.items()
-            }
-        )
-        self.bias = _keys(
-            {
-                key: plan.bias_codes[key].name or _tensor_at(graph, uses[0])
-                for key, uses in self.biases.items()
-            }
-        )
-        self.sites: dict[tuple[str, str], list[str]] = {}
-        everywhere = {site.tensor for site in plan.activations if isinstance(site, Result)}
-        for site, slot in plan.activations.items():
-            tensor = site.tensor if isinstance(site, Result) else _tensor_at(graph, site)
-            readers = self.sites.setdefault((tensor, slot.params), [])
-            if isinstance(site, Use) and tensor not in everywhere:
-                readers.append(site.node)
-        self.activation = _keys({pair: pair[0] for pair in self.sites})
-        self.by_params = {params: tensor for tensor, params in reversed(self.sites)}
-
-
-def _readers(slots: Mapping[Use, str]) -> dict[str, list[Use]]:
-    readers: dict[str, list[Use]] = {}
-    for use, params in slots.items():
-        readers.setdefault(params, []).append(use)
-    return readers
-
-
-def _tensor_at(graph: Graph, use: Use) -> str:
-    return str(graph.node(use.node).inputs[use.port].name)
-
-
-def _keys(wanted: Mapping[_K, str]) -> dict[_K, str]:
-    """A different name for each key: one that is taken gets a number."""
-    taken: dict[str, _K] = {}
-    for key, name in wanted.items():
-        unique, count = name, 1
-        while unique in taken:
-            unique, count = f"{name}#{count + 1}", count + 1
-        taken[unique] = key
-    return {key: name for name, key in taken.items()}
-
-
-def _weights(made: Description, plan: QuantPlan, names: _Names, rendered: onnx.ModelProto) -> dict[str, Json]:
+def _weights(
+    made: Description, plan: QuantPlan, names: PlanNames, rendered: onnx.ModelProto
+) -> dict[str, Json]:
     nodes = {node.name: node for node in rendered.graph.node}
     producers = {output: node for node in rendered.graph.node for output in node.output}
     entries: dict[str, Json] = {}
@@ -267,7 +216,7 @@ def _initializer_read(
 _WHEN: dict[type, str] = {BelowTimestep: "timestep", ManyTokens: "prefill", type(None): "dynamic"}
 
 
-def _activations(made: Description, plan: QuantPlan, names: _Names) -> dict[str, Json]:
+def _activations(made: Description, plan: QuantPlan, names: PlanNames) -> dict[str, Json]:
     entries: dict[str, Json] = {}
     dynamic = {slot.params: slot.spec for slot in plan.activations.values() if slot.params not in plan.params}
     switched = {
@@ -310,7 +259,7 @@ def _bound(made: Description, name: str, values: Array) -> Json:
     return listed[0] if np.ndim(values) == 0 else listed
 
 
-def _biases(plan: QuantPlan, names: _Names) -> dict[str, Json]:
+def _biases(plan: QuantPlan, names: PlanNames) -> dict[str, Json]:
     entries: dict[str, Json] = {}
     for key, uses in names.biases.items():
         bias = plan.bias_codes[key]

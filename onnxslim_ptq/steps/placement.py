@@ -205,7 +205,7 @@ def _quantize_sums(graph: Graph, placement: Placement) -> None:
     The Add between integer layers is then an integer one, and the value does not leave their memory layout.
     """
     by_tensor: dict[str, list[PlacedTensor]] = {}
-    for placed in placement.tensors.values():
+    for placed in (p for p in placement.tensors.values() if p.while_ is None):
         by_tensor.setdefault(placed.tensor, []).append(placed)
     integer = {name for name, found in by_tensor.items() if any(p.at_result for p in found)}
     for node in graph.nodes:
