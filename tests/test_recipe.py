@@ -178,6 +178,7 @@ class TestSchema:
             "dtype": "auto",
             "per": "tensor",
             "when": "static",
+            "timestep_sep": None,
             "symmetric": "auto",
             "range": {"type": "auto"},
         }

@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 from safetensors.numpy import load_file
 
-from onnxslim_ptq import Result
+from onnxslim_ptq import Result, quantize
 from onnxslim_ptq.core.deq_scale import unpack
 from onnxslim_ptq.frontends.session import (
     FA3ProcessorConfig,
@@ -75,6 +75,14 @@ def test_every_layer_of_the_files_computes_what_the_graph_does(tmp_path: Path) -
         assert (sums != own).mean() < 0.01
         real, exact = sums * deq, seen[spots[node.name][1]]
         assert np.abs(real - exact).max() <= 1e-5 * np.abs(exact).max() + deq.max() / 2
+
+
+def test_smoothed_channels_suit_one_scale_per_token() -> None:
+    case = minilm()
+    data = [case.calibration[i] for i in range(0, 64, 8)]
+    measured = [case.evaluation[i] for i in range(0, 50, 6)]
+    result = quantize(case.model, "w8a8-dynamic-smooth", data, eval_data=measured)
+    assert result.metrics["sqnr_db"] > 27.5
 
 
 def test_int8_attention_costs_less_than_a_decibel() -> None:
