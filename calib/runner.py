@@ -16,6 +16,7 @@ from calib.provider import SessionOptions, create_session
 from calib.stats import COLLECTORS
 from calib.sweep.bounds import Facts
 from calib.sweep.budget import BUDGET, split
+from calib.sweep.device import Reduced
 from calib.sweep.lanes import in_lanes, lanes_for, values_of
 from calib.sweep.reduce import Plan, Pooled, make_plan
 from calib.types import Array, Dataset, Feed, Probe, Sample, SampleId, Stats
@@ -93,7 +94,7 @@ def collect(
     done = 0
     for group in sweeps:
         mine = {probe: COLLECTORS[probe.kind](probe) for probe in group}
-        sweep = _Sweep(model, make_plan(model.proto, facts, mine), device, options)
+        sweep = _Sweep(model, make_plan(model.proto, facts, mine, device=device), device, options)
         for _ in sweep.run(data):
             done += 1
             if listener is not None:
@@ -121,7 +122,9 @@ class _Sweep:
         # A session needs an output; the model's own will do.
         self._outputs = plan.outputs or [model.proto.graph.output[0].name]
         tapped = tap(model, self._outputs)
-        tapped.graph.node.extend(plan.nodes())
+        opset = next((o.version for o in tapped.opset_import if o.domain in ("", "ai.onnx")), 1)
+        tapped.graph.node.extend(plan.nodes(opset))
+        self._compared: set[tuple[tuple[int, ...], ...]] = set()
         self._session = self._create(tapped)
 
     def _create(self, tapped: onnx.ModelProto) -> Any:
@@ -136,11 +139,17 @@ class _Sweep:
     def _take(self, item: Sample) -> None:
         sample, feed = item
         plan = self._plan
-        found = run_session(self._session, self._outputs, feed, sample, views=True)
-        values = dict(zip(self._outputs, found, strict=True))
+        outputs = self._wanted_of(feed)
+        found = run_session(self._session, outputs, feed, sample, views=True)
+        values = dict(zip(outputs, found, strict=True))
         del found
         broken = False
-        for name in (*plan.fed, *plan.whole):
+        missing = [
+            n for n, one in plan.reduced.items() if n not in values and not self._reduce(one, values, sample)
+        ]
+        if missing:
+            values |= dict(zip(missing, run_session(self._session, missing, feed, sample), strict=True))
+        for name in (*plan.fed, *(n for n in plan.whole if n in values)):
             whole = feed[name] if name in plan.fed else values.pop(name)
             broken |= self._update(name, whole, sample)
         seen = {name: pooled.summary(values) for name, pooled in plan.pooled.items()}
@@ -156,6 +165,19 @@ class _Sweep:
                     wanted.note(summary)
                 if not exact:
                     self._open[name].add(sample.index)
+
+    def _wanted_of(self, feed: Feed) -> list[str]:
+        """All outputs for the first sample of every shape, so that whole tensors of a device are compared with the
+        CPU's; then no longer those that are reduced there."""
+        shapes = tuple(value.shape for value in feed.values())
+        if not self._plan.reduced or shapes not in self._compared:
+            self._compared.add(shapes)
+            return self._outputs
+        return [name for name in self._outputs if name not in self._plan.reduced]
+
+    def _reduce(self, one: Reduced, values: Mapping[str, Array], sample: SampleId) -> bool:
+        with self._locks[one.tensor]:
+            return one.take(values, self._plan.wanted[one.tensor], sample)
 
     def _update(self, name: str, whole: Array, sample: SampleId) -> bool:
         """Take in a whole value; whether it is watched and has a NaN."""

@@ -81,14 +81,30 @@ class ChannelStats:
         self._add(lows, highs, np.where(finite, block, 0))
         self.count += np.count_nonzero(finite, axis=(0, 2))
 
+    def note(self, sample: SampleId, seen: tuple[Array, Array, Array, Array], count: int) -> None:
+        """Take in one sample's finite values, ``count`` per channel, of which lo, hi, Σ x and Σ|x|, [C], are known."""
+        lows, highs, sums, sizes = seen
+        if not self.seen:
+            self._start(len(lows))
+            self.seen = True
+        require_channels(0, len(self.lo), lows, sample)
+        self.extent.note(float(lows.min()), float(highs.max()), count * len(lows))
+        self._reach(lows, highs)
+        self._sum.add(sums.astype(np.float64))
+        self._size.add(sizes.astype(np.float64))
+        self.count += count
+
     def _add(self, lows: Array, highs: Array, block: Array) -> None:
-        self.lo = np.minimum(self.lo, lows.astype(np.float64) + 0.0)  # no -0.0: it depends on order
-        self.hi = np.maximum(self.hi, highs.astype(np.float64) + 0.0)
+        self._reach(lows, highs)
         self._sum.add(_sums(block))
         signed = (
             block.astype(np.float64) if block.dtype.kind == "i" else block
         )  # the size of -128 does not fit int8
         self._size.add(_sums(np.abs(signed)))
+
+    def _reach(self, lows: Array, highs: Array) -> None:
+        self.lo = np.minimum(self.lo, lows.astype(np.float64) + 0.0)  # no -0.0: it depends on order
+        self.hi = np.maximum(self.hi, highs.astype(np.float64) + 0.0)
 
     def merge(self, other: Stats) -> None:
         """Add what ``other`` has seen; TypeError for another statistic, CalibrationError for other channels."""

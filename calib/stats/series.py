@@ -88,8 +88,18 @@ class SeriesStats:
             square += float(
                 np.square(part, out=part).sum()
             )  # not a BLAS dot: its result depends on the threads
+        self._append(sample, one.lo, one.hi, total, square, one.count)
+
+    def note(self, sample: SampleId, lo: float, hi: float, total: float, square: float, count: int) -> None:
+        """Take in ``count`` finite values of one sample of which only these numbers are known."""
+        self.extent.note(lo, hi, count)
+        self._append(sample, lo + 0.0, hi + 0.0, total, square, count)
+
+    def _append(
+        self, sample: SampleId, lo: float, hi: float, total: float, square: float, count: int
+    ) -> None:
         self._index.append(sample.index)
-        self._rows.extend((one.lo, one.hi, total, square, float(one.count)))
+        self._rows.extend((lo, hi, total, square, float(count)))
 
     def merge(self, other: Stats) -> None:
         """Add what ``other`` (also a SeriesStats, else TypeError) has seen."""

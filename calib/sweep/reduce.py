@@ -18,6 +18,7 @@ from onnx import NodeProto, helper
 
 from calib.stats.histogram import grid_step
 from calib.sweep.bounds import Facts, Limits
+from calib.sweep.device import Reduced, reduced
 from calib.sweep.summary import COUNTED, Summary, Wanted, counted, summarizes
 from calib.types import Array, Probe, Stats
 
@@ -85,11 +86,13 @@ class Pooled:
 class Plan:
     """For each value the statistics that want it; ``pooled`` values come reduced, the ``fed`` ones are inputs.
 
-    ``watched``: values whose NaN tells of a NaN in a pooled one.
+    ``reduced``: values that a device reduces, after its first sample. ``watched``: values whose NaN tells of a NaN in a
+    pooled one.
     """
 
     wanted: dict[str, list[Wanted]] = field(default_factory=dict)
     pooled: dict[str, Pooled] = field(default_factory=dict)
+    reduced: dict[str, Reduced] = field(default_factory=dict)
     fed: list[str] = field(default_factory=list)
     watched: frozenset[str] = frozenset()
 
@@ -101,14 +104,23 @@ class Plan:
     @property
     def outputs(self) -> list[str]:
         """The outputs of the tapped model."""
-        return self.whole + [name for pooled in self.pooled.values() for name in pooled.outputs]
+        return self.whole + self.small
 
-    def nodes(self) -> list[NodeProto]:
+    @property
+    def small(self) -> list[str]:
+        """Outputs that are reduced values."""
+        some: list[Pooled | Reduced] = [*self.pooled.values(), *self.reduced.values()]
+        return [name for one in some for name in one.outputs]
+
+    def nodes(self, opset: int) -> list[NodeProto]:
         """The nodes to be added to the model."""
-        return [node for pooled in self.pooled.values() for node in pooled.nodes()]
+        pooling = [node for pooled in self.pooled.values() for node in pooled.nodes()]
+        return pooling + [node for reduced in self.reduced.values() for node in reduced.nodes(opset)]
 
 
-def make_plan(proto: onnx.ModelProto, facts: Facts, stats: Mapping[Probe, Stats]) -> Plan:
+def make_plan(
+    proto: onnx.ModelProto, facts: Facts, stats: Mapping[Probe, Stats], *, device: str = "cpu"
+) -> Plan:
     """Decide from the graph alone, never from data: the same for every sample, process and order."""
     plan = Plan()
     for probe, stat in stats.items():
@@ -121,14 +133,17 @@ def make_plan(proto: onnx.ModelProto, facts: Facts, stats: Mapping[Probe, Stats]
     plan.fed = [name for name in plan.wanted if name in inputs]
     # Shapes need inference, which is worth its time only where pooling may follow.
     if any(node.op_type == "Conv" for node in proto.graph.node):
-        found = [p for name, w in plan.wanted.items() if (p := _pooled(facts, name, w)) is not None]
-        plan.pooled = {p.tensor: p for p in found}
+        pools = [p for name, w in plan.wanted.items() if (p := _pooled(facts, name, w)) is not None]
+        plan.pooled = {p.tensor: p for p in pools}
         counting = {n for n in plan.whole if any(w.extremes is not None for w in plan.wanted[n])}
         plan.watched = frozenset(counting if plan.pooled else ())
-        shown = counting | {p.tensor for p in found if p.mean}
-        for p in found:
+        shown = counting | {p.tensor for p in pools if p.mean}
+        for p in pools:
             if not p.mean and not facts.shows_nan(p.tensor, shown):
                 plan.pooled[p.tensor] = replace(p, mean=True)
+    if device != "cpu":
+        found = [reduced(name, plan.wanted[name], facts.shape(name)) for name in plan.whole]
+        plan.reduced = {one.tensor: one for one in found if one is not None}
     return plan
 
 

@@ -27,7 +27,7 @@ from calib.readers import from_iterable
 from calib.runner import collect
 from calib.types import Probe
 from onnxslim_ptq.cli import main
-from tests.models import cnn, feeds_for, mlp, outputs_of, parse
+from tests.models import cnn, feeds_for, mlp, outputs_of, parse, weights_of
 
 ROOT = Path(__file__).resolve().parents[2]
 STAND_IN = Path(__file__).parent / "recording"
@@ -350,6 +350,58 @@ class TestWhatTheUserGave:
         for probe in probes:
             for name, value in on_cpu[probe].state().items():
                 np.testing.assert_array_equal(on_device[probe].state()[name], value)
+
+
+class TestReducedOnTheDevice:
+    KINDS = (("minmax", None), ("series", None), ("channel", 1), ("channel", -1), ("mean", 1))
+
+    @pytest.mark.parametrize("opset", [12, 17, 18])
+    def test_statistics_are_those_of_the_cpu(self, recorder: Recorder, opset: int) -> None:
+        proto = parse(
+            "g (float[N,3,8,8] x) => (float[N,4,8,8] y) { h = Conv (x, w, b) r = Relu (h) y = Conv (r, u) }",
+            weights_of(0, w=(8, 3, 1, 1), b=(8,), u=(4, 8, 1, 1)),
+            opset,
+        )
+        model, feeds = open_model(proto), feeds_for(proto, 5)
+        data = from_iterable(feeds, model.inputs())
+        probes = [Probe(name, kind, axis) for name in ("r", "y") for kind, axis in self.KINDS]
+        options = SessionOptions(optimize=Optimize.BASIC, threads=1)
+        on_cpu = collect(model, probes, data, options=options)
+        on_device = collect(model, probes, data, options=options, device="npu")
+        for probe in probes:
+            here, there = on_cpu[probe], on_device[probe]
+            fields = {"minmax": "lo hi count", "series": "lo hi sum square n", "mean": "mean"}
+            for name in fields.get(probe.kind, "lo hi sum abs_sum count").split():
+                seen, exact = getattr(there, name), getattr(here, name)
+                if name in ("lo", "hi", "count", "n"):
+                    np.testing.assert_array_equal(seen, exact)
+                else:  # the device adds in float32
+                    np.testing.assert_allclose(seen, exact, rtol=1e-5, atol=1e-4)
+
+    def test_whole_tensors_leave_it_once(self, recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: list[list[str]] = []
+        real = ChildSession.run
+
+        def run(self: ChildSession, outputs: list[str], feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+            asked.append(list(outputs))
+            return real(self, outputs, feed)
+
+        monkeypatch.setattr(ChildSession, "run", run)
+        model = open_model(cnn())
+        data = from_iterable(feeds_for(cnn(), 4), model.inputs())
+        collect(model, [Probe("c1", "minmax")], data, device="npu")
+        assert ["c1" in names for names in asked] == [True, False, False, False]
+
+    def test_nan_and_inf_are_counted_and_named(self, recorder: Recorder) -> None:
+        model, feeds = open_model(cnn()), feeds_for(cnn(), 4)
+        for index, bad in ((2, np.nan), (3, np.inf)):
+            feeds[index]["x"][0, 0, 0, 0] = bad
+        data = from_iterable(feeds, model.inputs())
+        probe = Probe("c1", "minmax")
+        stats = collect(model, [probe], data, device="npu")[probe]
+        exact = collect(model, [probe], data)[probe]
+        assert stats.state()["nan"] == exact.state()["nan"] > 0
+        assert stats.state()["bad_index"] == 2
 
 
 class TestRequireDevice:
