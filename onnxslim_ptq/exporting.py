@@ -24,6 +24,7 @@ from onnxslim_ptq.core.targets import TARGETS
 from onnxslim_ptq.errors import RecipeError, VerificationError
 from onnxslim_ptq.export.check import check_file, source_files
 from onnxslim_ptq.export.description import Calibration, Context, describe, write_description
+from onnxslim_ptq.export.exchange import Exchange
 from onnxslim_ptq.export.files import AtomicFiles, OutputPaths, output_paths, write_model
 from onnxslim_ptq.export.lowering import is_ascend, lower_ascend
 from onnxslim_ptq.export.reading import read_quantized
@@ -133,6 +134,7 @@ def _write(
         calibration=Calibration(0, "cpu", None, ["the integers are those of the source file"]),
         seed=int(known.get("seed", 0)),
         metrics={"agreement_db": agreement, "measured_on": "synthetic"},
+        io_changes=Exchange.of(rendered).io_changes(),
     )
     paths = output_paths(out, source.path.stem, context.quant_type)
     with AtomicFiles(paths, source_files(source.path)) as files:

@@ -112,6 +112,16 @@ class Exchange:
             real.append(known[name] if cache is None else cache.values(known[name], rows))
         return real
 
+    def io_changes(self) -> list[dict[str, Any]]:
+        """The entries of the weights JSON, as `onnxslim_ptq.export.cache.io_changes` makes them of a plan."""
+        found = []
+        for name, cache in self.caches.items():
+            scale = np.ones(1, np.float32) if cache.scale is None else cache.scale
+            row = {} if cache.token_scale is None else {"scale_tensor": cache.token_scale}
+            entry: dict[str, Any] = {"scale": scale.reshape(-1), "scale_shape": list(scale.shape)}
+            found.append({"name": name, "dtype": str(cache.dtype), **entry, **row})
+        return found
+
     def names(self, outputs: Sequence[str]) -> list[str]:
         """``outputs`` and the scales that go along with them."""
         rows = [c.token_scale for n in outputs if (c := self.caches.get(n)) is not None and c.token_scale]

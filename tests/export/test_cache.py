@@ -21,6 +21,7 @@ from onnxslim_ptq.cli import main
 from onnxslim_ptq.core.cache import CachePair
 from onnxslim_ptq.errors import RecipeError
 from onnxslim_ptq.export.exchange import Exchange
+from onnxslim_ptq.exporting import export
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.kv_cache import find_cache
 from onnxslim_ptq.recipe import Recipe
@@ -285,6 +286,25 @@ class TestWritten:
         arguments = ["compare", str(tmp_path / "f.onnx"), str(tmp_path / "q.onnx"), "--calib", str(samples)]
         assert main([*arguments, "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["per_output"]["present.0.key"]["sqnr_db"] > 30
+
+    @PER
+    def test_export_keeps_the_cache(self, per: str, tmp_path: Path) -> None:
+        recipe = {"steps": [{"type": "quantize"}, {"type": "kv_cache", "per": per}]}
+        result = quantize(appending(), recipe, decoders.feeds(appending()))
+        before = result.save(tmp_path / "q.onnx")
+        shapes = {f"past_key_values.0.{kind}": (1, HEADS, 3, WIDTH) for kind in ("key", "value")}
+        shapes |= {f"past_key_values.0.{kind}_scale": (1, 1, 3, 1) for kind in ("key", "value")}
+        known = {i.name for i in result.model.graph.input}
+        shapes = {name: shape for name, shape in shapes.items() if name in known}
+        made = export(before.model, tmp_path / "e.onnx", "generic", shapes={"x": (1, 4, SIZE), **shapes})
+        entries = [json.loads(p.read_text())["io_changes"] for p in (before.json, made.paths.json)]
+        told = [{e["name"]: e for e in found} for found in entries]
+        assert told[0].keys() == told[1].keys()
+        for name, entry in told[0].items():
+            assert entry["dtype"] == told[1][name]["dtype"]
+            assert entry.get("scale_tensor") == told[1][name].get("scale_tensor")
+            np.testing.assert_allclose(entry["scale"], told[1][name]["scale"], rtol=1e-6)
+        assert Exchange.of(open_model(made.paths.model)).caches.keys() == told[0].keys()
 
     def test_with_quantized_layers(self) -> None:
         proto = appending()
