@@ -25,7 +25,7 @@ __all__ = ["Verification", "compare_outputs", "verify"]
 
 _UNOPTIMIZED_SAMPLES = 1
 _TOLERANCE_DB = 0.5
-_MANY = 1024
+_MANY, _WORSE_DB = 1024, 3.0
 
 
 @dataclass
@@ -55,8 +55,8 @@ def verify(
 ) -> Verification:
     """Compare on every sample of ``data``; VerificationError when the model does not load or answers NaN or Inf.
 
-    ``twin``: the same plan as QDQ; on the first sample it has to be as close to the float model, within 0.5 dB,
-    where an output has 1024 values or more.
+    ``twin``: the same plan as QDQ; on the first sample the result may be 3 dB further from the float model than
+    it, where an output has 1024 values or more.
 
     ``foreign``: the model is meant for another runtime, so ONNX Runtime must not quantize its float biases by itself.
     With a ``spool`` memory is short: the float model runs block by block, the quantized one with its weights on disk.
@@ -194,13 +194,19 @@ def _add(errors: list[OutputError], exact: Sequence[Any], seen: Sequence[Any], s
 
 
 def _require_alike(fast: list[OutputError], twin: list[OutputError]) -> None:
+    """VerificationError where the target's form is much further from the float model than the same plan as QDQ.
+
+    Two runtimes that sum in another order round some values to neighbouring codes, and layers behind multiply that: on
+    real models ONNX Runtime's own answers, with and without optimizations, differ by up to 2 dB. A wrong zero point,
+    scale or bias costs far more. Outputs of few values say nothing: a single code decides.
+    """
     for on, off in _apart(fast, twin):
-        if on.count < _MANY:
-            continue  # of a few values, one code that rounds otherwise moves the SQNR at will
-        raise VerificationError(
-            f"output '{on.name}': {on.sqnr:.1f} dB in the form of the target, {off.sqnr:.1f} dB as QDQ; "
-            "report this as a defect of the quantizer"
-        )
+        a, b = on.sqnr or 0.0, off.sqnr or 0.0
+        if on.count >= _MANY and b - a > _WORSE_DB:
+            raise VerificationError(
+                f"output '{on.name}': {a:.1f} dB in the form of the target, {b:.1f} dB as QDQ; "
+                "report this as a defect of the quantizer"
+            )
 
 
 def _disagreements(fast: list[OutputError], plain: list[OutputError]) -> list[str]:

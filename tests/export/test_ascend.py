@@ -11,13 +11,15 @@ from onnx import numpy_helper
 
 from calib.errors import GraphError
 from calib.model import Model, open_model
-from calib.types import Array, Feed
+from calib.types import Array, Feed, SampleId
 from onnxslim_ptq import quantize
+from onnxslim_ptq.analysis.verify import verify
 from onnxslim_ptq.cli import main
 from onnxslim_ptq.core.dtypes import INT8
 from onnxslim_ptq.core.qmath import reciprocal_pair
 from onnxslim_ptq.core.spec import PerTensor, QParams, QuantPlan, QuantSpec
 from onnxslim_ptq.core.targets import TARGETS
+from onnxslim_ptq.errors import VerificationError
 from onnxslim_ptq.export.ascend import render_ascend
 from onnxslim_ptq.export.lowering import lower_ascend
 from onnxslim_ptq.export.qdq import render_qdq
@@ -220,6 +222,23 @@ class TestGraph:
         body = "[q] a = AscendQuant <scale = 2.0, offset = 0.0> (x) [r] y = Relu (a)"
         with pytest.raises(GraphError, match=r"node 'r': Relu reads codes of AscendQuant"):
             lower_ascend(model_of(f"g (float[2,4] x) => (float[2,4] y) {{ {body} }}"))
+
+
+def test_a_wrong_form_is_caught() -> None:
+    """A scale off by a tenth: the lowered graph is far from the QDQ form, and verification says so."""
+    body = "g (float[16,64] x) => (float[16,96] y) { [mm] y = MatMul (x, w) }"
+    model = model_of(body, weights_of(5, w=(64, 96)))
+    plan = planned(model)
+    ascend = render_ascend(model, plan, TARGET)
+    twin = render_qdq(model, plan, TARGET)
+    data = [(SampleId(0), feed_for(embedded(model)))]
+    assert verify(model, lower_ascend(ascend), data, twin=twin).sqnr is not None
+    for node in ascend.proto.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "scale":
+                attribute.f *= 1.1
+    with pytest.raises(VerificationError, match=r"output 'y': .* dB in the form of the target, .* dB as QDQ"):
+        verify(model, lower_ascend(ascend), data, twin=twin)
 
 
 class TestWhole:
