@@ -98,12 +98,17 @@ class Field:
             if key in self.tried and (best is not None or len(key) == len(self.order)):
                 break
             made = self.attempt(chosen)
-            if made is None or not self.goal.met(made.measures):
+            if made is None:
                 misses += 1
-            elif best is None or made.float_macs < best.float_macs:
-                best = made
-            if made is not None:
-                offset = max(self.predict(key) - self.tuner.value(made), offset if made is not best else -1e9)
+                continue
+            flattered = self.predict(key) - self.tuner.value(made)
+            if self.goal.met(made.measures):
+                offset = flattered  # with room to spare, the next proposal leaves less in float
+                if best is None or made.float_macs < best.float_macs:
+                    best = made
+            else:
+                offset = max(offset, flattered)
+                misses += 1
         return self._plain(offset, best)
 
     def _plain(self, offset: float, best: Trial | None) -> Trial | None:
