@@ -79,11 +79,12 @@ _REDUCE_INPUT = frozenset(
     f"Reduce{k}" for k in ("Max", "Mean", "Min", "Prod", "L1", "L2", "LogSum", "LogSumExp")
 )
 _REDUCE = _REDUCE_INPUT | {"ReduceSumSquare"}
-_NEW_IN = {
-    "Pad": ("axes",),
-    "Resize": ("antialias", "axes", "keep_aspect_ratio_policy"),
-    "AveragePool": ("dilations",),
+# Attributes that came later, and the value that is the old behaviour (None: there is none).
+_NEW_IN: dict[str, dict[str, object]] = {
+    "Resize": {"antialias": 0, "axes": None, "keep_aspect_ratio_policy": "stretch"},
+    "AveragePool": {"dilations": 1},
 }
+_NEW_MODES = {"Pad": ("mode", "wrap"), "Resize": ("coordinate_transformation_mode", "half_pixel_symmetric")}
 
 
 def with_opset(model: Model, opset: int) -> Model:
@@ -192,14 +193,16 @@ def _split(graph: Graph, node: gs.Node) -> None:
 
 
 def _as_it_was(graph: Graph, node: gs.Node) -> None:
-    for key in _NEW_IN.get(node.op, ()):
-        if node.attrs.get(key) not in (None, 0, "stretch") and set(np.ravel(node.attrs[key])) != {1}:
+    later = _NEW_IN.get(node.op, {})
+    for key, old in later.items():
+        if any(value != old for value in np.ravel(node.attrs.get(key, []))):
             raise _no_form(graph, node, 17, f", it uses '{key}'")
-    if node.op == "Pad" and (
-        (len(node.inputs) > 3 and node.inputs[3].name) or node.attrs.get("mode") == "wrap"
-    ):
-        raise _no_form(graph, node, 17, ", it uses axes or mode wrap")
-    new = {k for k in _NEW_IN.get(node.op, ()) if k in node.attrs}
+    key, mode = _NEW_MODES.get(node.op, ("", ""))
+    if node.attrs.get(key) == mode:
+        raise _no_form(graph, node, 17, f", it uses {key} {mode}")
+    if node.op == "Pad" and len(node.inputs) > 3 and node.inputs[3].name:
+        raise _no_form(graph, node, 17, ", it uses axes")
+    new = later.keys() & node.attrs.keys()
     if new:
         graph.set_attributes(node, {k: v for k, v in node.attrs.items() if k not in new})
 

@@ -31,10 +31,11 @@ Shape = tuple[int | None, ...]
 
 @dataclass
 class Shapes:
-    """Dimensions of values by name (None: unknown) and the small integer values that are known."""
+    """Dimensions of values by name (None: unknown), their types (of TensorProto), and small values that are known."""
 
     dims: dict[str, Shape] = field(default_factory=dict)
     values: dict[str, Array] = field(default_factory=dict)
+    kinds: dict[str, int] = field(default_factory=dict)
 
     def known(self, name: str) -> tuple[int, ...] | None:
         """The shape of ``name`` when every dimension is known."""
@@ -51,6 +52,7 @@ def infer_shapes(graph: Graph) -> Shapes:
     for node in in_order(graph.nodes):
         if not graph.has_subgraph(node):
             _visit(graph, node, shapes, types, opsets)
+    shapes.kinds = {name: kind.tensor_type.elem_type for name, kind in types.items()}
     return shapes
 
 

@@ -177,6 +177,15 @@ ALONE = {
             y = Concat <axis = -1> (a, a, a, a)
         }""",
     ),
+    "images of bytes": ("resize_conv", f"(uint8[2,3,4,5] x) => (uint8[2,3,8,15] y) {{ y = {UP} (x, , up) }}"),
+    "patches of bytes": (
+        "patch_merging",
+        """(int32[2,4,4,3] x) => (int32[2,2,2,12] y) {
+            a = Slice (x, s00, end2, ax12, st2) b = Slice (x, s10, end2, ax12, st2)
+            c0 = Slice (x, s01, end2, ax12, st2) d = Slice (x, s11, end2, ax12, st2)
+            y = Concat <axis = -1> (a, b, c0, d)
+        }""",
+    ),
     "a window": (
         "pool_conv",
         "(float[2,3,4,5] x) => (float[2,5,1,1] y) { h = Conv <pads = [1, 1, 1, 1]> (x, k) y = GlobalAveragePool (h) }",
@@ -192,6 +201,9 @@ F |= {
     "s0": np.asarray([0], np.int64),
     "s1": np.asarray([1], np.int64),
     "s11": np.asarray([1, 1], np.int64),
+    "s00": np.asarray([0, 0], np.int64),
+    "s10": np.asarray([1, 0], np.int64),
+    "s01": np.asarray([0, 1], np.int64),
     "end": np.asarray([2**63 - 1], np.int64),
     "end2": np.asarray([2**63 - 1] * 2, np.int64),
     "ax1": np.asarray([1], np.int64),
@@ -277,6 +289,12 @@ def test_approximations_are_as_close_as_they_say(text: str, name: str, distance:
 def test_other_uses_of_erf_stay() -> None:
     text = "d = Div (x, root2) e = Erf (d) a = Add (e, one) y = Mul (a, half)"
     graph = Graph(model_of(f"g (float[9] x) => (float[9] y) {{ {text} }}", NUMBERS | {}))
+    assert all(run_pass(graph) == 0 for run_pass in APPROXIMATE.values())
+
+
+def test_half_precision_stays() -> None:
+    """The approximations add float32 constants."""
+    graph = Graph(model_of("g (float16[9] x) => (float16[9] y) { y = Gelu (x) }", opset=20))
     assert all(run_pass(graph) == 0 for run_pass in APPROXIMATE.values())
 
 

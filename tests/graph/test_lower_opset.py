@@ -21,10 +21,14 @@ BODIES = {
     "reduce all": "g (float[3,4] x) => (float[1,1] y) { y = ReduceMax (x) }",
     "reduce without axis": "g (float[3,4] x) => (float[3] y) { y = ReduceL2 <keepdims = 0> (x, axes) }",
     "split": "g (float[3,4] x) => (float[3,2] a, float[3,2] b) { a, b = Split <axis = 1, num_outputs = 2> (x) }",
+    "plain window": """g (float[1,3,4,4] x) => (float[1,3,3,3] y) {
+        y = AveragePool <kernel_shape = [2, 2], dilations = [1, 1]> (x)
+    }""",
     "pad": "g (float[3,4] x) => (float[3,7] y) { y = Pad (x, pads) }",
     "resize": 'g (float[1,3,4,4] x) => (float[1,3,8,8] y) { y = Resize <mode = "linear"> (x, , , sizes) }',
     "types only": "g (float[3,4] x) => (float[12] y) { z = Reshape (x, flat) y = Identity (z) }",
 }
+IMAGE = "(float[1,3,16,16] x) => (float[N,C,H,W] y) {"
 CONSTANTS = AXES | SIZES | {"flat": np.asarray([12], np.int64)}
 
 
@@ -34,7 +38,7 @@ CONSTANTS = AXES | SIZES | {"flat": np.asarray([12], np.int64)}
         pytest.param(b, v, id=f"{n} {v}")
         for n, b in BODIES.items()
         for v in (18, 20)
-        if v == 20 or "Gelu" not in b
+        if v == 20 or not ("Gelu" in b or "dilations" in b)
     ],
 )
 def test_same_function(body: str, opset: int) -> None:
@@ -53,6 +57,14 @@ def test_same_function(body: str, opset: int) -> None:
             "sizes",
         ),
         ('(float[3,4] x) => (float[3,7] y) { [s] y = Pad <mode = "wrap"> (x, pads) }', "wrap"),
+        (IMAGE + ' [s] y = Resize <mode = "linear", antialias = 1> (x, , , sizes) }', "'antialias'"),
+        (IMAGE + ' [s] y = Resize <mode = "linear", axes = [1]> (x, , , one8) }', "'axes'"),
+        (
+            IMAGE
+            + ' [s] y = Resize <coordinate_transformation_mode = "half_pixel_symmetric"> (x, , , sizes) }',
+            "half_pixel_symmetric",
+        ),
+        (IMAGE + " [s] y = AveragePool <kernel_shape = [2, 2], dilations = [2, 2]> (x) }", "'dilations'"),
         (
             "(float[2,4,3] x) => (float[2,4,3] y) { [s] y = GroupNormalization <num_groups = 2> (x, one, one) }",
             "opset 17",
@@ -60,7 +72,7 @@ def test_same_function(body: str, opset: int) -> None:
     ],
 )
 def test_what_has_no_form_is_named(body: str, what: str) -> None:
-    constants = {**CONSTANTS, "one": np.ones(2, np.float32)}
+    constants = {**CONSTANTS, "one": np.ones(2, np.float32), "one8": np.asarray([8], np.int64)}
     with pytest.raises(GraphError, match=rf"node 's': .*{what}"):
         with_opset(model_of(f"g {body}", {k: v for k, v in constants.items() if k in body}, 19), 17)
 

@@ -9,10 +9,12 @@ from collections.abc import Callable
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from onnx import TensorProto
 
 from onnxslim_ptq.graph.edit import is_standard
 from onnxslim_ptq.graph.forms.activations import scalar
 from onnxslim_ptq.graph.graph import Graph
+from onnxslim_ptq.graph.shapes import infer_shapes
 
 __all__ = ["gelu_fast", "gelu_sigmoid", "gelu_tanh"]
 
@@ -77,8 +79,15 @@ def _as_fast(w: _Writer, x: gs.Tensor, y: gs.Tensor) -> None:
 def _replace(graph: Graph, form: _Form) -> int:
     """Gelu operators, and x · 0.5 · (1 + erf(x / sqrt 2)) in any order of its products, in float32."""
     count = 0
+    plain = {n.name for n in graph.nodes if n.op == "Gelu" and is_standard(n)}
+    kinds = infer_shapes(graph).kinds if plain else {}
     for node in graph.nodes:
-        if node.op == "Gelu" and is_standard(node) and node.attrs.get("approximate", "none") == "none":
+        if node.name in plain:
+            if (
+                node.attrs.get("approximate", "none") != "none"
+                or kinds.get(node.inputs[0].name) != TensorProto.FLOAT
+            ):
+                continue
             source, result, gone = node.inputs[0], node.outputs[0], [node]
         elif node.op == "Erf" and is_standard(node):
             found = _around(graph, node)

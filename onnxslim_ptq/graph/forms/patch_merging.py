@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from onnx import TensorProto
 
 from onnxslim_ptq.graph.edit import is_standard
-from onnxslim_ptq.graph.forms.resize import only_float32
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.shapes import infer_shapes
 
@@ -38,6 +38,8 @@ def merge_patches(graph: Graph) -> int:
         dims = shapes.dims.get(source.name)
         axis = join.attrs.get("axis")
         if dims is None or len(dims) != 4 or axis not in (-1, 3) or not _fixed_channels(graph, dims[3]):
+            continue
+        if shapes.kinds.get(source.name) != TensorProto.FLOAT:
             continue
         channels = int(dims[3] or 0)
         _replace(graph, join, source, channels, pixels)
@@ -90,9 +92,9 @@ def _pixel(graph: Graph, tensor: gs.Tensor) -> tuple[gs.Tensor, int, int] | None
 
 
 def _fixed_channels(graph: Graph, channels: int | None) -> bool:
-    """Whether the channel count is the model's own and not a stand-in for a dynamic dimension; float32 throughout."""
+    """Whether the channel count is the model's own and not a stand-in for a dynamic dimension."""
     for value in graph.inputs:
         dims = value.type.tensor_type.shape.dim
         if dims and not dims[-1].HasField("dim_value"):
             return False
-    return bool(channels) and only_float32(graph)
+    return bool(channels)

@@ -11,7 +11,7 @@ from onnxslim_ptq.graph.edit import is_standard
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.shapes import infer_shapes
 
-__all__ = ["merge_resizes", "only_float32", "pool_before_conv", "resize_as_conv"]
+__all__ = ["merge_resizes", "pool_before_conv", "resize_as_conv"]
 
 _FIRST = 13
 _LARGEST = 16  # a repetition beyond this would make a kernel larger than it is worth
@@ -46,13 +46,15 @@ def resize_as_conv(graph: Graph) -> int:
     wanted = [(n, r) for n in graph.nodes if (r := _repeats(graph, n)) is not None]
     if not wanted:
         return 0
-    shapes, fits = infer_shapes(graph), only_float32(graph)
+    shapes = infer_shapes(graph)
     count = 0
     for node, repeats in wanted:
         dims = shapes.dims.get(node.inputs[0].name)
-        if dims is None or len(dims) != 4 or not isinstance(dims[1], int) or len(repeats) != 4 or not fits:
+        if dims is None or len(dims) != 4 or not isinstance(dims[1], int) or len(repeats) != 4:
             continue
         if (repeats[:2] != 1).any() or repeats.max() > _LARGEST or not _fixed_channels(graph):
+            continue
+        if shapes.kinds.get(node.inputs[0].name) != TensorProto.FLOAT:
             continue
         size = [int(r) for r in repeats[2:]]
         source, result, name, channels = node.inputs[0], node.outputs[0], node.name, dims[1]
@@ -118,11 +120,3 @@ def _fixed_channels(graph: Graph) -> bool:
         if len(dims) > 1 and not dims[1].HasField("dim_value"):
             return False
     return True
-
-
-def only_float32(graph: Graph) -> bool:
-    """Whether no input, no constant and no Cast has another float type: new float32 weights fit everywhere then."""
-    source = graph.model.proto.graph
-    kinds = {v.type.tensor_type.elem_type for v in graph.inputs} | {t.data_type for t in source.initializer}
-    kinds |= {int(n.attrs.get("to", 0)) for n in graph.nodes if n.op == "Cast"}
-    return not kinds & {TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16}
