@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from onnxslim_ptq import __version__
 from onnxslim_ptq.analysis.metrics import OutputError, worst_sqnr
 from onnxslim_ptq.analysis.verify import compare_outputs
 from onnxslim_ptq.core.qmath import dequantize
-from onnxslim_ptq.core.spec import QuantPlan, WeightCodes
+from onnxslim_ptq.core.spec import WeightCodes
 from onnxslim_ptq.core.targets import TARGETS
 from onnxslim_ptq.errors import RecipeError, VerificationError
 from onnxslim_ptq.export.check import check_file, source_files
@@ -30,7 +31,7 @@ from onnxslim_ptq.export.lowering import is_ascend, lower_ascend
 from onnxslim_ptq.export.reading import read_quantized
 from onnxslim_ptq.export.renderers import RENDERERS
 from onnxslim_ptq.export.retarget import retarget
-from onnxslim_ptq.export.triton import write_triton
+from onnxslim_ptq.export.triton import free_entry, triton_config, write_triton
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.linears import find_linears
 from onnxslim_ptq.graph.opset import raise_opset
@@ -41,6 +42,7 @@ __all__ = ["Exported", "export"]
 _SAMPLES = 4
 _MOST_JSON = 64 << 20
 _ROUNDS = 20
+_QUANT_TYPE = re.compile(r"\w{1,32}", re.ASCII)  # it becomes part of a file name
 _LIKE_DB = 15.0  # int8 codes are some 40 dB from the weight they were made of
 
 
@@ -78,28 +80,35 @@ def export(
     if triton is not None and RENDERERS[row.exporter].lower is not None:
         raise RecipeError(f"Triton's ONNX Runtime backend cannot run target '{target}'; leave --triton out")
     source = open_model(quant)
+    assert source.path is not None
+    origin = _Origin.beside(source.path)
+    paths = output_paths(Path(out), source.path.stem, origin.quant_type)
+    if triton is not None:  # refused now, not after OUT was written
+        free_entry(Path(triton), paths.model.stem)
     reading = read_quantized(source)
     floats = None if float_model is None else _FloatWeights(open_model(float_model))
     notes = retarget(reading, row, None if floats is None else floats.weight)
     renderer = RENDERERS[row.exporter]
     rendered = renderer.render(reading.graph.to_model(), reading.plan, row)
+    if triton is not None:
+        triton_config(rendered, paths.model.stem)
     before = lower_ascend(source) if is_ascend(source) else source
-    errors = _agreement(before, renderer.runnable(rendered), shapes, seed)
+    errors = _compared(before, renderer.runnable(rendered), shapes, seed)
+    _require_agreement(errors, source.name, target, min_agreement)
     agreement = worst_sqnr(errors)
-    worst = min((e for e in errors if e.sqnr is not None), key=lambda e: e.sqnr or 0.0, default=None)
-    if worst is not None and agreement is not None and agreement < min_agreement:
-        raise VerificationError(
-            f"output '{worst.name}' agrees with {source.name} to {agreement:.1f} dB only, below {min_agreement:g}; "
-            f"quantize the float model with --target {target} instead"
-        )
-    paths = _write(source, Path(out), rendered, reading.graph, reading.plan, target, agreement)
-    made = Exported(paths, agreement, notes)
+    context = _context(source, origin, rendered, target, agreement)
+    inputs = [*source_files(source.path), *([] if float_model is None else source_files(Path(float_model)))]
+    with AtomicFiles(paths, inputs) as files:
+        write_model(rendered, files.temporary.model)
+        check_file(renderer.proof(files.temporary.model, files.folder), source=source.proto)
+        write_description(describe(reading.plan, reading.graph, rendered.proto, context), files.temporary)
+        made = Exported(files.commit(), agreement, notes)
     if triton is not None:
         made.triton = write_triton(rendered, Path(triton), made.paths.model.stem)
     return made
 
 
-def _agreement(
+def _compared(
     before: Model, after: Model, shapes: Mapping[str, tuple[int, ...]] | None, seed: int
 ) -> list[OutputError]:
     """Both on the same normal samples."""
@@ -108,56 +117,65 @@ def _agreement(
     exact, seen = (
         create_session(m.proto.SerializeToString(), m.weights, options=options) for m in (before, after)
     )
-    return compare_outputs(
-        exact, seen, names, synthetic(before.inputs(), count=_SAMPLES, shapes=shapes, seed=seed)
-    )
+    data = synthetic(before.inputs(), count=_SAMPLES, shapes=shapes, seed=seed)
+    return compare_outputs(exact, seen, names, data)
 
 
-def _write(
-    source: Model,
-    out: Path,
-    rendered: Model,
-    graph: Graph,
-    plan: QuantPlan,
-    target: str,
-    agreement: float | None,
-) -> OutputPaths:
-    assert source.path is not None
-    known = _description_beside(source.path)
-    context = Context(
-        source=source.path.name,
+def _require_agreement(errors: list[OutputError], name: str, target: str, bound: float) -> None:
+    """VerificationError where an output is NaN, of another shape, or less than ``bound`` dB like that of ``name``."""
+    fault = next((fault for error in errors for fault in error.faults), None)
+    if fault is not None:
+        raise VerificationError(f"{fault}; quantize the float model with --target {target} instead")
+    worst, output = min(((e.sqnr, e.name) for e in errors if e.sqnr is not None), default=(bound, ""))
+    if worst < bound:
+        raise VerificationError(
+            f"output '{output}' agrees with {name} to {worst:.1f} dB only, below {bound:g}; "
+            f"quantize the float model with --target {target} instead"
+        )
+
+
+def _context(
+    source: Model, origin: _Origin, rendered: Model, target: str, agreement: float | None
+) -> Context:
+    return Context(
+        source=Path(source.name).name,
         source_sha256=source.sha256,
-        quant_type=str(known.get("model_quant_type", "W8A8")),
+        quant_type=origin.quant_type,
         target=target,
         tool={"onnxslim_ptq": __version__, "onnxruntime": runtime().__version__},
-        recipe=known.get("recipe", {}),
+        recipe=origin.recipe,
         calibration=Calibration(0, "cpu", None, ["the integers are those of the source file"]),
-        seed=int(known.get("seed", 0)),
+        seed=origin.seed,
         metrics={"agreement_db": agreement, "measured_on": "synthetic"},
         io_changes=Exchange.of(rendered).io_changes(),
     )
-    paths = output_paths(out, source.path.stem, context.quant_type)
-    with AtomicFiles(paths, source_files(source.path)) as files:
-        write_model(rendered, files.temporary.model)
-        check_file(
-            RENDERERS[TARGETS[target].exporter].proof(files.temporary.model, files.folder),
-            source=source.proto,
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """What the weights JSON beside a model tells of its making; a field that holds something else is not believed."""
+
+    quant_type: str = "W8A8"
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    @classmethod
+    def beside(cls, model: Path) -> _Origin:
+        path = model.with_suffix(".json")
+        try:
+            if path.stat().st_size > _MOST_JSON:
+                return cls()
+            document = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return cls()
+        if not isinstance(document, dict) or document.get("format") != "onnxslim_ptq.weights":
+            return cls()
+        kind, recipe, seed = (document.get(key) for key in ("model_quant_type", "recipe", "seed"))
+        return cls(
+            kind if isinstance(kind, str) and _QUANT_TYPE.fullmatch(kind) else cls.quant_type,
+            recipe if isinstance(recipe, dict) else {},
+            seed if isinstance(seed, int) and not isinstance(seed, bool) else cls.seed,
         )
-        write_description(describe(plan, graph, rendered.proto, context), files.temporary)
-        return files.commit()
-
-
-def _description_beside(model: Path) -> dict[str, Any]:
-    """The weights JSON that quantize wrote beside ``model``, or nothing."""
-    path = model.with_suffix(".json")
-    try:
-        if path.stat().st_size > _MOST_JSON:
-            return {}
-        document = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    same = isinstance(document, dict) and document.get("format") == "onnxslim_ptq.weights"
-    return document if same else {}
 
 
 class _FloatWeights:

@@ -14,7 +14,7 @@ from onnx import TensorProto
 from calib.errors import GraphError
 from calib.model import Model
 from calib.types import Array
-from onnxslim_ptq.core.deq_scale import unpack
+from onnxslim_ptq.export.ascend_nodes import constant_of, dequant_scale, layer_weight, quant_numbers
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.ir import lowest_ir
 
@@ -32,13 +32,15 @@ def lower_ascend(model: Model) -> Model:
     """The same computation for ONNX Runtime; value and node names stay.
 
     Raises:
-        GraphError: a node between AscendQuant and AscendDequant is none of Conv, Gemm, MatMul and Add.
+        GraphError: a node between AscendQuant and AscendDequant is none of Conv, Gemm, MatMul and Add, or one of them
+            asks for more than these operators give.
     """
     graph = Graph(model)
     zeros: dict[str, gs.Constant] = {}
     for node in [n for n in graph.nodes if n.op == "AscendQuant"]:
+        step, zero = quant_numbers(node)
         codes = node.outputs[0].name
-        zeros[codes] = _quantize(graph, node)
+        zeros[codes] = _quantize(graph, node, step, zero)
     trailing: dict[str, int] = {}
     for node in graph.nodes:
         source = node.inputs[0].name if node.inputs else ""
@@ -51,55 +53,44 @@ def lower_ascend(model: Model) -> Model:
     return lowered
 
 
-def _quantize(graph: Graph, node: gs.Node) -> gs.Constant:
+def _quantize(graph: Graph, node: gs.Node, scale: np.float32, zero: int) -> gs.Constant:
     source, codes, name = node.inputs[0], node.outputs[0], node.name
-    scale = np.asarray(np.float32(1) / np.float32(node.attrs["scale"]), np.float32)
-    zero = np.asarray(round(float(node.attrs.get("offset", 0.0))) + _SHIFT, np.uint8)
     graph.remove(node)
-    zero_point = graph.constant(f"{name}.zero_point", zero)
-    step = graph.constant(f"{name}.scale", scale)
+    zero_point = graph.constant(f"{name}.zero_point", np.asarray(zero + _SHIFT, np.uint8))
+    step = graph.constant(f"{name}.scale", np.asarray(scale))
     graph.add_node("QuantizeLinear", name, [source, step, zero_point], [codes])
     return zero_point
 
 
 def _integer_layer(graph: Graph, node: gs.Node, zero: gs.Constant, trailing: dict[str, int]) -> None:
     name, op = node.name, node.op
-    values = graph.value(node.inputs[1]) if len(node.inputs) > 1 else None
-    if op not in ("Conv", "Gemm", "MatMul") or values is None:
-        raise GraphError(
-            f"node '{name}': {op} reads codes of AscendQuant; only Conv, Gemm and MatMul with constant weights do "
-            "in the graphs written here"
-        )
+    values = layer_weight(graph, node, node.inputs[0])
     codes, weight, result = node.inputs[0], node.inputs[1], node.outputs[0]
     bias = node.inputs[2] if len(node.inputs) > 2 and node.inputs[2].name else None
     attrs = {k: v for k, v in node.attrs.items() if op == "Conv"}
+    numbers = None if bias is None else constant_of(graph, node, 2)
     graph.remove(node)
     sums = result if bias is None else graph.variable(f"{result.name}.products")
     kind = "ConvInteger" if op == "Conv" else "MatMulInteger"
     graph.add_node(kind, name, [codes, weight, zero], [sums], attrs)
     trailing[result.name] = values.ndim - 2 if op == "Conv" else 0
-    if bias is not None:
-        numbers = graph.value(bias)
-        assert numbers is not None
+    if bias is not None and numbers is not None:
         spread = graph.constant(f"{bias.name}.spread", _behind(numbers, trailing[result.name]))
         graph.add_node("Add", f"{name}.bias", [sums, spread], [result])
 
 
 def _dequantize(graph: Graph, node: gs.Node, trailing: dict[str, int]) -> None:
-    sums, packed, result, name = node.inputs[0], node.inputs[1], node.outputs[0], node.name
-    values = graph.value(packed)
-    if values is None:
-        raise GraphError(f"node '{name}': the scale of AscendDequant is not constant")
-    made = graph.producer(sums)
-    first = sums.name
-    while made is not None and made.op == "Add" and first not in trailing:
-        first = next(t.name for t in made.inputs if not graph.is_constant(t))
-        made = graph.producer(graph.tensor(first))
-    deq = unpack(values)
+    deq = dequant_scale(graph, node)
+    sums, result, name = node.inputs[0], node.outputs[0], node.name
+    made, first = graph.producer(sums), sums.name
+    if first not in trailing and made is not None and made.op == "Add":
+        first = next((t.name for t in made.inputs if t.name in trailing), "")
+    if first not in trailing:
+        raise GraphError(f"node '{name}': AscendDequant reads no layer behind AscendQuant")
     graph.remove(node)
     real = graph.variable(f"{name}.float")
     graph.add_node("Cast", f"{name}.Cast", [sums], [real], {"to": int(TensorProto.FLOAT)})
-    scale = graph.constant(f"{name}.scale", _behind(deq, trailing.get(first, 0)))
+    scale = graph.constant(f"{name}.scale", _behind(deq, trailing[first]))
     graph.add_node("Mul", name, [real, scale], [result])
 
 

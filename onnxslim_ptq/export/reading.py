@@ -13,7 +13,6 @@ import onnx_graphsurgeon as gs
 
 from calib.errors import GraphError
 from calib.model import Model
-from onnxslim_ptq.core.deq_scale import unpack
 from onnxslim_ptq.core.dtypes import INT8, INT32, IntType, int_type
 from onnxslim_ptq.core.qmath import dequantize
 from onnxslim_ptq.core.spec import (
@@ -30,6 +29,7 @@ from onnxslim_ptq.core.spec import (
     Use,
     WeightCodes,
 )
+from onnxslim_ptq.export.ascend_nodes import constant_of, dequant_scale, layer_weight, quant_numbers
 from onnxslim_ptq.graph.edit import is_captured
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.linears import LINEAR_OPS
@@ -56,7 +56,12 @@ class Reading:
     def add_bias(self, node: gs.Node, codes: np.ndarray, scale: np.ndarray, name: str) -> None:
         key = f"{node.name}.bias"
         spec = QuantSpec(INT32, PerChannel(0), True)
-        wide = np.broadcast_to(np.asarray(scale, np.float64).reshape(-1), codes.shape).copy()
+        flat = np.asarray(scale, np.float64).reshape(-1)
+        if codes.ndim != 1 or flat.size not in (1, codes.size):
+            raise GraphError(
+                f"node '{node.name}': {flat.size} scales for a bias of shape {list(codes.shape)}"
+            )
+        wide = np.broadcast_to(flat, codes.shape).copy()
         activation = self.plan.activations[Use(node.name, 0)].params
         weight = self.plan.weights[Use(node.name, 1)].params
         bias = BiasCodes(codes.astype(np.int32), wide, activation, weight, 0, name)
@@ -103,6 +108,12 @@ class _Qdq:
         params = self._params(source)
         codes = self.reading.graph.value(source.inputs[0])
         assert codes is not None
+        axis, channels = params.axis, params.scale.size
+        if axis is not None and params.block is None:
+            if not -codes.ndim <= axis < codes.ndim or channels != codes.shape[axis]:
+                raise GraphError(
+                    f"node '{source.name}': {channels} scales along axis {axis} of {list(codes.shape)}"
+                )
         plain = codes.astype(params.spec.dtype.dtype)
         stored = source.inputs[0]
         node.inputs[1] = stored  # its name is what the plan remembers
@@ -162,7 +173,10 @@ class _Qdq:
             )
         codes = graph.value(node.inputs[0])
         kind = zero.dtype if zero is not None else codes.dtype if codes is not None else np.dtype(np.uint8)
-        dtype = int_type(kind.name)
+        try:
+            dtype = int_type(kind.name)
+        except ValueError as error:
+            raise GraphError(f"node '{node.name}': {error}") from None
         wide = np.asarray(scale, np.float64)
         zeros = np.zeros(wide.shape, np.int64) if zero is None else zero.astype(np.int64)
         if wide.size == 1:
@@ -184,36 +198,35 @@ def _read_ascend(graph: Graph) -> Reading:
     reading = Reading(graph)
     plan = reading.plan
     for quant in [n for n in graph.nodes if n.op == "AscendQuant"]:
+        step, offset = quant_numbers(quant)
         source, codes = quant.inputs[0], quant.outputs[0]
-        scale = np.asarray(np.float32(1) / np.float32(quant.attrs["scale"]), np.float64)
-        zero = np.asarray(round(float(quant.attrs.get("offset", 0.0))), np.int64)
+        scale, zero = np.asarray(step, np.float64), np.asarray(offset, np.int64)
         key = f"{source.name}@{quant.name}"
         plan.params[key] = QParams(QuantSpec(INT8, PerTensor(), _symmetric(INT8, zero)), scale, zero)
         readers = graph.consumers(codes)
         graph.remove(quant)
         for node in readers:
+            weight = layer_weight(graph, node, codes)
             node.inputs[0] = source
             plan.activations[Use(node.name, 0)] = Slot(plan.params[key].spec, key)
-            _ascend_layer(reading, node, float(scale))
+            _ascend_layer(reading, node, weight, float(scale))
     return reading
 
 
-def _ascend_layer(reading: Reading, node: gs.Node, s_x: float) -> None:
+def _ascend_layer(reading: Reading, node: gs.Node, codes: np.ndarray, s_x: float) -> None:
     graph = reading.graph
-    codes = graph.value(node.inputs[1]) if len(node.inputs) > 1 else None
-    if node.op not in LINEAR_OPS or codes is None:
-        raise GraphError(
-            f"node '{node.name}': {node.op} reads codes of AscendQuant; only layers can be read back"
-        )
     last = graph.sole_consumer(node.outputs[0])
     add = last if last is not None and last.op == "Add" else None
     dequant = graph.sole_consumer(add.outputs[0]) if add is not None else last
-    packed = graph.value(dequant.inputs[1]) if dequant is not None and dequant.op == "AscendDequant" else None
-    if dequant is None or packed is None:
-        raise GraphError(f"node '{node.name}': no AscendDequant with a constant scale follows it")
-    deq = unpack(packed).astype(np.float64)
+    if dequant is None or dequant.op != "AscendDequant":
+        raise GraphError(
+            f"node '{node.name}': no AscendDequant follows it; give a graph that was written here"
+        )
+    deq = dequant_scale(graph, dequant).astype(np.float64)
     s_w = (deq / s_x).astype(np.float32).astype(np.float64)
     axis = 0 if node.op == "Conv" else codes.ndim - 1
+    if deq.size not in (1, codes.shape[axis]):
+        raise GraphError(f"node '{node.name}': {deq.size} scales for {codes.shape[axis]} output channels")
     grain: Grain = PerTensor() if deq.size == 1 else PerChannel(axis)
     s_w = s_w.reshape(()) if deq.size == 1 else s_w
     params = QParams(QuantSpec(INT8, grain, True), s_w, np.zeros(s_w.shape, np.int64))
@@ -221,13 +234,11 @@ def _ascend_layer(reading: Reading, node: gs.Node, s_x: float) -> None:
     stored = node.inputs[1].name
     node.inputs[1] = graph.constant(stored.removesuffix("_quantized"), dequantize(codes, params))
     if len(node.inputs) > 2 and node.inputs[2].name:
-        bias = graph.value(node.inputs[2])
-        assert bias is not None
+        bias = constant_of(graph, node, 2)
         reading.add_bias(node, bias, deq, node.inputs[2].name.removesuffix("_quantized"))
     if add is not None:
         port = 1 if add.inputs[0] is node.outputs[0] else 0
-        shift = graph.value(add.inputs[port])
-        assert shift is not None
+        shift = constant_of(graph, add, port)
         name = add.inputs[port].name.removesuffix("_quantized")
         add.inputs[port] = graph.constant(name, (shift.astype(np.float64) * deq).astype(np.float32))
     result = dequant.outputs[0]

@@ -46,6 +46,7 @@ def retarget(reading: Reading, target: Target, weight_of: FloatWeight | None = N
         plan = reading.plan
         plan.params = {key: reciprocal_pair(params) for key, params in plan.params.items()}
     notes += _results(reading, target)
+    _require_nothing_left(reading, target)
     _biases(reading, target)
     return notes
 
@@ -111,6 +112,16 @@ def _results(reading: Reading, target: Target) -> list[str]:
     return [
         f"{len(results)} outputs of layers were quantized for their other readers too; those read float values now"
     ]
+
+
+def _require_nothing_left(reading: Reading, target: Target) -> None:
+    """GraphError where integers are left that are no part of a layer, as those of an int8 KV cache, and must not be."""
+    left = next((n for n in reading.graph.nodes if n.op in ("QuantizeLinear", "DequantizeLinear")), None)
+    if target.static_only and left is not None:
+        raise GraphError(
+            f"node '{left.name}': {left.op} that belongs to no layer has no form for target '{target.name}'; quantize "
+            f"the float model with --target {target.name}"
+        )
 
 
 def _biases(reading: Reading, target: Target) -> None:

@@ -17,7 +17,7 @@ from calib.errors import GraphError
 from calib.model import Model
 from onnxslim_ptq.export.files import EMBEDDED_LIMIT, create, write_model
 
-__all__ = ["triton_config", "write_triton"]
+__all__ = ["free_entry", "triton_config", "write_triton"]
 
 _TYPES: dict[int, str] = {
     TensorProto.BOOL: "TYPE_BOOL",
@@ -65,19 +65,27 @@ def triton_config(model: Model, name: str, max_batch: int = MAX_BATCH) -> str:
     return "\n".join(lines) + "\n"
 
 
+def free_entry(folder: Path, name: str) -> Path:
+    """Where a repository takes a model of that name (other characters than letters, digits, _ . - become _).
+
+    GraphError when something is there already.
+    """
+    final = folder / (re.sub(r"[^A-Za-z0-9_.-]", "_", name) or "model")
+    if final.exists():
+        raise GraphError(f"'{final}' exists already; remove it or choose another --triton folder")
+    return final
+
+
 def write_triton(model: Model, folder: Path, name: str) -> Path:
     """Write ``folder/name/config.pbtxt`` and ``folder/name/1/model.onnx`` (external data beside it); returns its path.
 
     All of it appears at once. Raises GraphError when the place is taken or the disk refuses.
     """
-    safe = re.sub(r"[^A-Za-z0-9_.-]", "_", name) or "model"
-    final = folder / safe
-    if final.exists():
-        raise GraphError(f"'{final}' exists already; remove it or choose another --triton folder")
-    config = triton_config(model, safe)
+    final = free_entry(folder, name)
+    config = triton_config(model, final.name)
     try:
         folder.mkdir(0o750, parents=True, exist_ok=True)
-        hidden = Path(tempfile.mkdtemp(".tmp", f".{safe[:40]}.", folder))
+        hidden = Path(tempfile.mkdtemp(".tmp", f".{final.name[:40]}.", folder))
         try:
             version = hidden / "1"
             version.mkdir(0o750)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from onnxslim_ptq.errors import VerificationError
 from onnxslim_ptq.export.ascend import render_ascend
 from onnxslim_ptq.export.lowering import lower_ascend
 from onnxslim_ptq.export.qdq import render_qdq
+from onnxslim_ptq.export.reading import read_quantized
 from onnxslim_ptq.graph.graph import Graph
 from tests.export.plans import plan_for
 from tests.graph.models import embedded, feed_for, model_of, run
@@ -222,6 +224,45 @@ class TestGraph:
         body = "[q] a = AscendQuant <scale = 2.0, offset = 0.0> (x) [r] y = Relu (a)"
         with pytest.raises(GraphError, match=r"node 'r': Relu reads codes of AscendQuant"):
             lower_ascend(model_of(f"g (float[2,4] x) => (float[2,4] y) {{ {body} }}"))
+
+
+QUANT, MM = "[q] a = AscendQuant <scale = 2.0, offset = 0.0> (x)", "[mm] m = MatMul (a, w)"
+HOSTILE = {
+    "no scale": ("[q] a = AscendQuant (x)", "node 'q': AscendQuant has scale 0"),
+    "scale of zero": ("[q] a = AscendQuant <scale = 0.0> (x)", "has scale 0 and offset 0, no positive scale"),
+    "offset": ("[q] a = AscendQuant <scale = 1.0, offset = 300.0> (x)", "offset 300"),
+    "text": ('[q] a = AscendQuant <scale = "1"> (x)', "has no number as scale"),
+    "int4": ("[q] a = AscendQuant <scale = 1.0, quant_bit = 4> (x)", "has quant_bit = 4, only 8"),
+    "two inputs": ("[q] a = AscendQuant <scale = 1.0> (x, x)", "has 2 inputs"),
+    "float weight": (f"{QUANT} [mm] m = MatMul (a, f)", "has a weight of type float32"),
+    "computed weight": (
+        f"{QUANT} [mm] m = MatMul (a, x)",
+        "only Conv, Gemm and MatMul with constant weights",
+    ),
+    "alpha": (f"{QUANT} [g] m = Gemm <alpha = 0.5> (a, w) [d] y = AscendDequant (m, deq)", "has alpha = 0.5"),
+    "relu": (f"{QUANT} {MM} [d] y = AscendDequant <relu_flag = 1> (m, deq)", "has relu_flag = 1, only 0"),
+    "shift": (f"{QUANT} {MM} [d] y = AscendDequant (m, shifted)", "without shift and offset"),
+    "negative": (f"{QUANT} {MM} [d] y = AscendDequant (m, minus)", "not a finite number above 0"),
+    "no scales": (f"{QUANT} {MM} [d] y = AscendDequant (m)", "has 1 inputs"),
+}
+STORED = {
+    "w": np.ones((4, 4), np.int8),
+    "f": np.ones((4, 4), np.float32),
+    "deq": np.asarray([0x3F800000], np.uint64),
+    "shifted": np.asarray([0x13F800000], np.uint64),
+    "minus": np.asarray([0xBF800000], np.uint64),
+}
+
+
+@pytest.mark.parametrize("run_pass", [lower_ascend, read_quantized])
+@pytest.mark.parametrize(("body", "message"), HOSTILE.values(), ids=HOSTILE)
+def test_files_of_others_are_refused_in_one_line(body: str, message: str, run_pass: Any) -> None:
+    """What the operators can do beyond the forms written here is never passed over in silence."""
+    body += "" if "AscendDequant" in body or "MatMul" in body else f" {MM}"
+    body += "" if "AscendDequant" in body else " [d] y = AscendDequant (m, deq)"
+    model = model_of(f"g (float[2,4] x) => (float[2,4] y) {{ {body} }}", STORED)
+    with pytest.raises(GraphError, match=re.escape(message)):
+        run_pass(model)
 
 
 def test_a_wrong_form_is_caught() -> None:

@@ -14,8 +14,10 @@ from onnx import numpy_helper
 from calib.model import open_model
 from onnxslim_ptq import quantize
 from onnxslim_ptq.cli import main
+from onnxslim_ptq.core.targets import TARGETS
 from onnxslim_ptq.errors import GraphError, RecipeError, VerificationError
 from onnxslim_ptq.export.reading import read_quantized
+from onnxslim_ptq.export.retarget import retarget
 from onnxslim_ptq.exporting import export
 from tests.graph.models import embedded, model_of
 from tests.models import cnn, feeds_for, mlp, outputs_of, sqnr_of, weights_of
@@ -144,6 +146,69 @@ def test_too_little_agreement_leaves_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "o.onnx").exists()
 
 
+def test_the_float_model_is_an_input_too(tmp_path: Path) -> None:
+    path, model = written(mlp, "generic", tmp_path), tmp_path / "float.onnx"
+    before = model.read_bytes()
+    with pytest.raises(GraphError, match=r"is the same file as the input"):
+        export(path, model, "ascend", float_model=model)
+    assert model.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"format": "onnxslim_ptq.weights", "model_quant_type": "../../up", "recipe": [], "seed": "x"}',
+        '{"format": "onnxslim_ptq.weights", "model_quant_type": 3, "recipe": 4, "seed": true}',
+        "[" * 100_000,
+        "[]",
+    ],
+    ids=["a path", "types", "depth", "no object"],
+)
+def test_a_hostile_description_beside_the_model(text: str, tmp_path: Path) -> None:
+    """It is read for what it tells of the model's making, and becomes part of a name."""
+    import json
+
+    path = written(mlp, "cpu", tmp_path)
+    path.with_suffix(".json").write_text(text)
+    made = export(path, tmp_path / "deep" / "er", "openvino")
+    assert made.paths.model == tmp_path / "deep" / "er" / "q_w8a8.onnx"
+    document = json.loads(made.paths.json.read_text())
+    assert (document["recipe"], document["seed"]) == ({}, 0)
+    jsonschema.validate(document, json.loads(SCHEMA.read_text()))
+
+
+def test_integers_outside_layers_have_no_form_on_ascend() -> None:
+    """Such as an int8 KV cache: DequantizeLinear at an input of the graph."""
+    body = """g (int8[2,4] k, float[2,4] x) => (float[2,4] y, float[2,4] z) {
+        [q] c = QuantizeLinear (x, s, p) [d] r = DequantizeLinear (c, s, p)
+        [wd] v = DequantizeLinear (w, s, p) [mm] y = MatMul (r, v)
+        [cache] z = DequantizeLinear (k, s, p)
+    }"""
+    stored = {"s": np.float32(0.1), "p": np.int8(0), "w": np.ones((4, 4), np.int8)}
+    reading = read_quantized(model_of(body, stored))
+    with pytest.raises(
+        GraphError, match=r"node 'cache': DequantizeLinear that belongs to no layer has no form"
+    ):
+        retarget(reading, TARGETS["ascend"])
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        ({"s": np.ones(3, np.float32), "p": np.zeros(3, np.int8)}, "3 scales along axis 1 of"),
+        ({"s": np.ones(1, np.float32), "p": np.zeros(1, np.float16)}, "integer type 'float16' is unknown"),
+    ],
+    ids=["count", "type"],
+)
+def test_graphs_that_contradict_themselves(stored: dict[str, Any], message: str) -> None:
+    body = "[wd] v = DequantizeLinear (w, s, p) [mm] y = MatMul (x, v)"
+    model = model_of(
+        f"g (float[2,4] x) => (float[2,4] y) {{ {body} }}", {**stored, "w": np.ones((4, 4), np.int8)}
+    )
+    with pytest.raises(GraphError, match=f"node 'wd': {message}"):
+        read_quantized(model)
+
+
 def test_structure_of_each_form(tmp_path: Path) -> None:
     """TensorRT: symmetric int8, zero points 0, no int32 behind DequantizeLinear. QOperator: QLinear layers."""
     proto = onnx.load(written(cnn, "tensorrt", tmp_path))
@@ -193,8 +258,10 @@ class TestTriton:
             'output [\n  {\n    name: "y"\n    data_type: TYPE_FP32\n    dims: [ 4 ]\n  }\n]\ndynamic_batching { }\n'
         )
         onnx.checker.check_model(made.triton / "1" / "model.onnx", full_check=True)
+        (tmp_path / "n").mkdir()
         with pytest.raises(GraphError, match=r"exists already"):
-            export(path, tmp_path / "m x.onnx", "cpu", triton=tmp_path / "repo")
+            export(path, tmp_path / "n" / "m x.onnx", "cpu", triton=tmp_path / "repo")
+        assert not list((tmp_path / "n").iterdir()), "nothing is written when half of it cannot be"
 
     def test_fixed_shapes_are_not_batched(self, tmp_path: Path) -> None:
         body = """g (float[4,M] x, int64[M] s) => (float[4,8] y, float z) {
