@@ -20,7 +20,7 @@ from calib.types import Array, Dataset, InputInfo, Sample, SampleId
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["IMAGE_SUFFIXES", "open_images"]
+__all__ = ["IMAGE_SUFFIXES", "decode_image", "open_images"]
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm")
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM")  # nothing else is tried, whatever the file says
@@ -101,7 +101,7 @@ class _ImageDataset:
         for position in positions:
             path = self.files[position]
             rank = 4 if self.info.shape is None else len(self.info.shape)
-            image = _decoded(path, self.limits)
+            image = decode_image(path, self.limits)
             try:
                 values = to_tensor(image, self.how, rank)
             except ValueError as error:
@@ -111,8 +111,8 @@ class _ImageDataset:
             yield SampleId(position, path.name), feed
 
 
-def _decoded(path: Path, limits: ReadLimits) -> Image:
-    """The image upright, decoded only after its header promised an acceptable size."""
+def decode_image(path: Path, limits: ReadLimits) -> Image:
+    """The image upright, decoded only after its header promised an acceptable size; CalibrationError otherwise."""
     from PIL import ImageOps
 
     pil, where = _pillow(label(path)), label(path)

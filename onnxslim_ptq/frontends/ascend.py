@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from calib.errors import GraphError
 from calib.model import Model
+from calib.readers.limits import DEFAULT_LIMITS
 from calib.types import Array, Dataset, Feed, InputInfo, Sample, SampleId
 from onnxslim_ptq import __version__
 from onnxslim_ptq.analysis.layer_output import LayerOutput, layer_outputs, ranked
 from onnxslim_ptq.analysis.verify import Verification, verify
+from onnxslim_ptq.core.spec import Use
 from onnxslim_ptq.core.targets import TARGETS, Target
 from onnxslim_ptq.export.ascend import render_ascend
 from onnxslim_ptq.export.check import check_file, source_files
@@ -23,6 +27,7 @@ from onnxslim_ptq.export.description import Calibration, Context, describe, writ
 from onnxslim_ptq.export.files import AtomicFiles, OutputPaths, output_paths, write_model
 from onnxslim_ptq.export.lowering import lower_ascend
 from onnxslim_ptq.export.renderers import RENDERERS
+from onnxslim_ptq.graph.convert import in_order
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.linears import Linear, find_linears
 from onnxslim_ptq.graph.opset import raise_opset
@@ -35,6 +40,7 @@ __all__ = ["AscendJob", "Feeds", "exactly", "feeds_of", "layers_of", "random_fee
 
 _LOG = logging.getLogger("onnxslim_ptq")
 _SEED = 0
+_DOUBTFUL_DB = 12.0
 
 
 class Feeds(Dataset):
@@ -84,7 +90,7 @@ def _feed(where: str, sample: Any, inputs: Sequence[InputInfo]) -> Feed:
 def random_feed(inputs: Sequence[InputInfo], shapes: Sequence[Sequence[int]] | None) -> Feed:
     """One sample, uniform in [0, 1) (integers: 0); a dynamic first dimension is 1, others need ``shapes``.
 
-    ValueError when a shape is missing or does not fit.
+    ValueError when a shape is missing or does not fit, CalibrationError when the sample is too large.
     """
     rng = np.random.default_rng(_SEED)
     if shapes and len(shapes) != len(inputs):
@@ -107,6 +113,7 @@ def random_feed(inputs: Sequence[InputInfo], shapes: Sequence[Sequence[int]] | N
                 raise ValueError(
                     f"Invalid input shape: input '{info.name}' has {declared}; give input_shape."
                 )
+        DEFAULT_LIMITS.check_bytes(math.prod(sizes) * 8, f"input '{info.name}'", "give a smaller input_shape")
         feed[info.name] = rng.random(sizes).astype(info.dtype)
     return feed
 
@@ -117,11 +124,19 @@ def exactly(names: Iterable[str]) -> list[str]:
 
 
 def layers_of(source: Model, passes: Collection[str] | None, ops: Collection[str]) -> list[Linear]:
-    """The layers as they will be found, in graph order."""
+    """The layers of those operators as they will be found, in the order of execution; GraphError when there is none."""
     graph = Graph(raise_opset(source, 13))
     # What is folded into weights neither makes nor names a layer.
     optimize(graph, set(PASSES if passes is None else passes) - {"batchnorm", "affine"})
-    return [layer for layer in find_linears(graph)[0] if layer.op in ops]
+    place = {
+        node.name: index for index, node in enumerate(in_order(graph.nodes))
+    }  # passes add nodes at the end
+    found = [layer for layer in find_linears(graph)[0] if layer.op in ops]
+    if not found:
+        raise GraphError(
+            f"{source.name}: no layer can be quantized among {', '.join(sorted(ops)) or 'no operators'}"
+        )
+    return sorted(found, key=lambda layer: place[layer.node])
 
 
 @dataclass
@@ -145,12 +160,11 @@ class AscendJob:
         job = Job(self.source, self.recipe, self.target, data, data, self.device)
         planned = make_plan(job)
         plan = planned.plan
-        for use, slot in list(plan.weights.items()):
-            activation = plan.activations[type(use)(use.node, 0)]
+        for use in list(plan.weights):
+            activation = plan.activations[Use(use.node, 0)]
             rng = plan.ranges[activation.params][0]
             if float(rng.lo) == float(rng.hi) == 0.0:
                 self._leave(planned, use.node, "its input is always zero")
-            del slot
         return planned
 
     def roll_back(self, planned: Planned, count: int, score: str) -> list[str]:
@@ -169,9 +183,17 @@ class AscendJob:
         return worst
 
     def write(
-        self, planned: Planned, path: Path, fuse_add: bool = True, external: bool = False
+        self,
+        planned: Planned,
+        path: Path,
+        fuse_add: bool = True,
+        external: bool = False,
+        compiled: Callable[[Path, Path], None] | None = None,
     ) -> OutputPaths:
-        """Render, verify the lowered graph on the first sample, write the model and its weights JSON, atomically."""
+        """Render, verify the lowered graph on the first sample, write the model and its weights JSON, atomically.
+
+        ``compiled`` makes of the model file another one, which goes beside it with the suffix .om.
+        """
         model, plan = planned.workspace.model(), planned.plan
         rendered = render_ascend(model, plan, self.target, fuse_add=fuse_add)
         verified = verify(
@@ -181,10 +203,13 @@ class AscendJob:
             twin=RENDERERS["ascend"].twin(model, plan, self.target),
         )
         sqnr = verified.sqnr
-        _LOG.info("worst output: %s dB SQNR on the first sample", "n/a" if sqnr is None else f"{sqnr:.1f}")
+        level = logging.WARNING if sqnr is not None and sqnr < _DOUBTFUL_DB else logging.INFO
+        told = "n/a" if sqnr is None else f"{sqnr:.1f}"
+        _LOG.log(level, "worst output: %s dB SQNR on the first sample", told)
         plan.skipped = {**planned.skipped, **planned.placement.skipped, **plan.skipped}
         context = self._context(verified)
-        paths = output_paths(path, path.stem, context.quant_type)
+        beside = () if compiled is None else (f"{path.stem}.om",)
+        paths = output_paths(path, path.stem, context.quant_type, beside)
         with AtomicFiles(paths, source_files(self.source.path) if self.source.path else []) as files:
             written = files.temporary.model
             write_model(rendered, written, external=external)
@@ -193,6 +218,8 @@ class AscendJob:
             )
             described = describe(plan, planned.workspace.graph, rendered.proto, context)
             write_description(described, files.temporary)
+            if compiled is not None:
+                compiled(written, files.temporary.others[0])
             return files.commit()
 
     def _leave(self, planned: Planned, node: str, reason: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-__all__ = ["require_choice", "require_int", "require_names", "require_type"]
+__all__ = ["require_choice", "require_int", "require_names", "require_shapes", "require_type"]
 
 
 def require_type(name: str, value: Any, *types: type) -> None:
@@ -37,3 +37,14 @@ def require_names(name: str, value: Any) -> None:
     require_type(name, value, list, tuple)
     for item in value:
         require_type(f"an item of {name}", item, str)
+
+
+def require_shapes(shapes: Any, needed: bool) -> None:
+    """``input_shape``: one list of sizes per input, ``needed`` with is_dynamic_shape; TypeError, ValueError."""
+    require_type("input_shape", shapes, list, tuple)
+    for shape in shapes:
+        require_type("an item of input_shape", shape, list, tuple)
+        for size in shape:
+            require_int("a size in input_shape", size, 1)
+    if needed and not shapes:
+        raise ValueError("is_dynamic_shape needs input_shape, one list of sizes per input.")

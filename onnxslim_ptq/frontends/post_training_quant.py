@@ -14,7 +14,13 @@ from calib.model import Model, open_model
 from calib.types import Feed
 from onnxslim_ptq.export.files import OutputPaths
 from onnxslim_ptq.frontends.ascend import AscendJob, exactly, feeds_of, layers_of, random_feed
-from onnxslim_ptq.frontends.checks import require_choice, require_int, require_names, require_type
+from onnxslim_ptq.frontends.checks import (
+    require_choice,
+    require_int,
+    require_names,
+    require_shapes,
+    require_type,
+)
 from onnxslim_ptq.frontends.images import coco, imagenet
 from onnxslim_ptq.frontends.paths import readable, writable
 from onnxslim_ptq.graph.graph import Graph
@@ -79,18 +85,14 @@ class QuantConfig:
             setattr(self, name, [] if value is None else value)
             require_names(name, getattr(self, name))
         self.input_shape = [] if self.input_shape is None else self.input_shape
-        require_type("input_shape", self.input_shape, list, tuple)
-        for shape in self.input_shape:
-            require_type("an item of input_shape", shape, list, tuple)
-        if self.is_dynamic_shape and not self.input_shape:
-            raise ValueError("is_dynamic_shape needs input_shape, one list of sizes per input.")
+        require_shapes(self.input_shape, self.is_dynamic_shape)
 
     def recipe(self, disabled: Sequence[str], ops: Iterable[str], passes: list[str] | None) -> Recipe:
         """Label-free: nearest codes, ranges by ``calib_method``. Data-free: SQuant and the sigma rule."""
         free = self.quant_mode == 0
         step = {
             "type": "quantize",
-            "include": [f"op:{op}" for op in sorted(ops)] or ["*"],
+            "include": [f"op:{op}" for op in sorted(ops)],
             "exclude": exactly(disabled),
             "rounder": {"type": "squant" if free else "rtn"},
             "weight": {"per": "channel" if self.is_per_channel else "tensor"},

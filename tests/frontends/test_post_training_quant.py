@@ -11,7 +11,7 @@ import pytest
 from onnx import numpy_helper
 from PIL import Image
 
-from onnxslim_ptq.errors import GraphError
+from onnxslim_ptq.errors import CalibrationError, GraphError
 from onnxslim_ptq.frontends.post_training_quant import (
     QuantConfig,
     preprocess_func_coco,
@@ -184,6 +184,8 @@ class TestArguments:
             ({"is_per_channel": 1}, TypeError, "is_per_channel must be bool, not int."),
             ({"exclude_nodes": "conv"}, TypeError, "exclude_nodes must be list or tuple, not str."),
             ({"amp_num": -2}, ValueError, "amp_num = -2 is smaller than 0."),
+            ({"input_shape": [["a"]]}, TypeError, "a size in input_shape must be int, not str."),
+            ({"input_shape": [[0]]}, ValueError, "a size in input_shape = 0 is smaller than 1."),
         ],
     )
     def test_bad_ones(self, given: dict[str, Any], error: type[Exception], text: str) -> None:
@@ -225,3 +227,11 @@ class TestImages:
             preprocess_func_imagenet(str(folder), 8, 8, 4)
         with pytest.raises(ValueError, match="is not a folder"):
             preprocess_func_coco(str(folder / "0.png"))
+
+    def test_hostile_files(self, folder: Path) -> None:
+        (folder / "0.png").write_bytes((folder / "0.png").read_bytes()[:200])
+        with pytest.raises(CalibrationError, match=r"0\.png: cannot be read as an image"):
+            preprocess_func_imagenet(str(folder))
+        Image.new("1", (20_000, 20_000)).save(folder / "0.png")
+        with pytest.raises(CalibrationError, match="pixels"):
+            preprocess_func_coco(str(folder))

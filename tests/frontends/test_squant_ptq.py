@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from onnxslim_ptq.errors import DeviceError, GraphError
+from onnxslim_ptq.errors import CalibrationError, DeviceError, GraphError
 from onnxslim_ptq.frontends.squant_ptq import OnnxCalibrator, QuantConfig
 from onnxslim_ptq.frontends.squant_ptq.structures import STRUCTURES, passes_without
 from onnxslim_ptq.graph.optimize import ALL
@@ -224,6 +224,25 @@ class TestWhichLayers:
         onlyconv = exported(NETS["resnet"](), tmp_path, None, **ALL_LAYERS, quant_param_ops=["Conv"])
         assert {layer["op"] for layer in onlyconv.values()} == {"Conv"}
 
+    def test_first_and_last_are_those_of_the_execution(self, tmp_path: Path) -> None:
+        """Simplifications add nodes at the end of the list: merged products, and the pooler as Gemm."""
+        found = exported(nets.bert(), tmp_path, samples(nets.bert()), **LABEL_FREE, graph_optimize_level=2)
+        assert len(found) == 8
+        assert {"layer0.q", "classifier"}.isdisjoint(found)
+        assert {"layer1.q", "pooler"} <= set(found)
+
+    def test_operators_that_the_model_has_not(self, tmp_path: Path) -> None:
+        """Not: everything."""
+        for ops in (["Gemm"], []):
+            with pytest.raises(GraphError, match="no layer can be quantized among"):
+                exported(convs(), tmp_path, None, quant_param_ops=ops)
+        assert not (tmp_path / "q.onnx").exists()
+
+    def test_unknown_names_are_told(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        exported(convs(), tmp_path, None, disable_names=["c2", "c9"])
+        assert "disable_names: 'c9' is no layer" in caplog.text
+        assert "'c2' is no layer" not in caplog.text
+
     def test_a_dead_input_stays_float(self, tmp_path: Path) -> None:
         data = [[np.zeros((1, 3, 8, 8), np.float32)]]
         assert "c0" not in exported(convs(), tmp_path, data, **ALL_LAYERS, sigma=0)
@@ -265,6 +284,15 @@ class TestExport:
         assert len(exported(proto, tmp_path, **config)) == 2
         with pytest.raises(ValueError, match="Invalid input shape: 2 shapes are given"):
             exported(proto, tmp_path, **{**config, "input_shape": [[1, 3, 8, 8], [1]]})
+
+    def test_a_sample_too_large_to_draw(self, tmp_path: Path) -> None:
+        body = "g (float[N,3,H,W] x) => (float[N,4,H,W] y) { [a] y = Conv (x, w) }"
+        proto = embedded(model_of(body, weights_of(1, w=(4, 3, 1, 1))))
+        config = {**ALL_LAYERS, "is_dynamic_shape": True, "input_shape": [[1, 3, 10**6, 10**6]]}
+        with pytest.raises(
+            CalibrationError, match=r"input 'x': one sample takes .*; give a smaller input_shape"
+        ):
+            exported(proto, tmp_path, **config)
 
     def test_two_runs_give_the_same_bytes(self, tmp_path: Path) -> None:
         texts = []
@@ -315,6 +343,7 @@ class TestArguments:
             ({"shut_down_structures": ["X"]}, ValueError, "shut_down_structures: X is unknown"),
             ({"is_dynamic_shape": True}, ValueError, "is_dynamic_shape needs input_shape"),
             ({"input_shape": [3]}, TypeError, "an item of input_shape must be list or tuple"),
+            ({"input_shape": [[0]]}, ValueError, "a size in input_shape = 0 is smaller than 1."),
             ({"om_method": "x"}, ValueError, "om_method must be one of aoe, atc"),
         ],
     )

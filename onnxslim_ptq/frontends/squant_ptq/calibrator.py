@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
+from collections.abc import Sequence
 from typing import Any
 
 from calib.errors import DeviceError
 from calib.model import open_model
 from calib.provider import require_device
-from calib.types import Feed
+from calib.types import Feed, InputInfo
 from onnxslim_ptq.export.files import OutputPaths
 from onnxslim_ptq.frontends.ascend import AscendJob, feeds_of, layers_of, random_feed
 from onnxslim_ptq.frontends.checks import require_type
 from onnxslim_ptq.frontends.paths import readable, writable
 from onnxslim_ptq.frontends.squant_ptq.config import QuantConfig
+from onnxslim_ptq.frontends.squant_ptq.npu_compiler import Compiler, find_compiler
 from onnxslim_ptq.frontends.squant_ptq.structures import passes_without
 from onnxslim_ptq.pipeline import Planned
 
@@ -43,6 +44,7 @@ class OnnxCalibrator:
         self._source = open_model(readable(input_model, ".onnx"))
         self._device = _device(cfg)
         inputs = self._source.inputs()
+        self._compiler = _compiler(cfg, inputs)
         given = calib_data if calib_data is not None else []
         feeds = feeds_of(given, inputs)
         self._synthetic = not feeds
@@ -57,6 +59,8 @@ class OnnxCalibrator:
         ops = cfg.quant_param_ops or ()
         layers = layers_of(self._source, passes, ops)
         names = [layer.node for layer in layers]
+        for name in sorted(set(cfg.disable_names or ()) - set(names)):
+            _LOG.warning("disable_names: '%s' is no layer that can be quantized; the name is ignored", name)
         ends = [*names[: int(cfg.disable_first_layer)], *(names[-1:] if cfg.disable_last_layer else [])]
         disabled = [name for name in names if name in ends or name in (cfg.disable_names or ())]
         feeds = self._feeds if cfg.label_free else self._feeds[:1]
@@ -75,18 +79,22 @@ class OnnxCalibrator:
     def export_quant_onnx(
         self, save_path: str | os.PathLike[str], fuse_add: bool = True, use_external: bool = False
     ) -> OutputPaths:
-        """Verify and write the model for Ascend, and its weights JSON beside it.
+        """Verify and write the model for Ascend, and its weights JSON beside it; with graph_optimize_level 1 or 2 the
+        compiled model too (.om), where CANN's compiler is.
 
         Raises:
             TypeError: before `run`, or an argument of the wrong type.
             ValueError: the path does not fit.
             VerificationError: the model does not answer like the plan; nothing is written.
+            DeviceError: the compiler that graph_optimize_level asks for is there and fails; nothing is written.
         """
         require_type("fuse_add", fuse_add, bool)
         require_type("use_external", use_external, bool)
         if self._planned is None or self._job is None:
             raise TypeError("export_quant_onnx needs a quantized model: call run() first.")
-        return self._job.write(self._planned, writable(save_path, ".onnx"), fuse_add, use_external)
+        path = writable(save_path, ".onnx")
+        compiled = None if self._compiler is None else self._compiler.compile
+        return self._job.write(self._planned, path, fuse_add, use_external, compiled)
 
 
 def _device(cfg: QuantConfig) -> str:
@@ -106,13 +114,22 @@ def _device(cfg: QuantConfig) -> str:
 def _passes(cfg: QuantConfig) -> list[str]:
     if not cfg.is_optimize_graph:
         return []
-    if cfg.graph_optimize_level:
-        tool = shutil.which(cfg.om_method)
-        found = f"found at {tool}" if tool else "not found"
-        _LOG.warning(
-            "graph_optimize_level=%d: all exact simplifications are applied; latencies are not measured (%s %s)",
-            cfg.graph_optimize_level,
-            cfg.om_method,
-            found,
-        )
     return passes_without(cfg.shut_down_structures or (), more=cfg.graph_optimize_level > 0)
+
+
+def _compiler(cfg: QuantConfig, inputs: Sequence[InputInfo]) -> Compiler | None:
+    """The tool that graph_optimize_level asks for; a warning says what is done in its place where it is not there."""
+    if not (cfg.graph_optimize_level and cfg.is_optimize_graph):
+        return None
+    shapes = cfg.atc_input_shape
+    if shapes is None and cfg.input_shape:
+        pairs = zip(inputs, cfg.input_shape, strict=False)
+        shapes = ";".join(f"{info.name}:{','.join(map(str, sizes))}" for info, sizes in pairs)
+    found = find_compiler(cfg.om_method, shapes)
+    missing = found if isinstance(found, str) else ""
+    _LOG.warning(
+        "graph_optimize_level=%d: all exact simplifications are applied; latencies are not measured (%s)",
+        cfg.graph_optimize_level,
+        missing or f"{cfg.om_method} compiles what is exported",
+    )
+    return None if isinstance(found, str) else found

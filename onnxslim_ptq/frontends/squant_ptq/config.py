@@ -8,7 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from onnxslim_ptq.frontends.ascend import exactly
-from onnxslim_ptq.frontends.checks import require_choice, require_int, require_names, require_type
+from onnxslim_ptq.frontends.checks import (
+    require_choice,
+    require_int,
+    require_names,
+    require_shapes,
+    require_type,
+)
 from onnxslim_ptq.frontends.squant_ptq.structures import STRUCTURES
 from onnxslim_ptq.recipe import Recipe
 
@@ -112,13 +118,7 @@ class QuantConfig:
                     f"shut_down_structures: {name} is unknown; use some of {', '.join(STRUCTURES)}."
                 )
         self.input_shape = [] if self.input_shape is None else self.input_shape
-        require_type("input_shape", self.input_shape, list, tuple)
-        for shape in self.input_shape:
-            require_type("an item of input_shape", shape, list, tuple)
-            for size in shape:
-                require_int("a size in input_shape", size, 1)
-        if self.is_dynamic_shape and not self.input_shape:
-            raise ValueError("is_dynamic_shape needs input_shape, one list of sizes per input.")
+        require_shapes(self.input_shape, self.is_dynamic_shape)
         if self.atc_input_shape is not None:
             require_type("atc_input_shape", self.atc_input_shape, str)
 
@@ -174,7 +174,7 @@ class QuantConfig:
         }
         step = {
             "type": "quantize",
-            "include": [f"op:{op}" for op in sorted(ops)] or ["*"],
+            "include": [f"op:{op}" for op in sorted(ops)],
             "exclude": exactly(disabled),
             "rounder": rounder,
             "act": {"symmetric": self.a_sym, "range": found},
