@@ -34,11 +34,13 @@ from onnxslim_ptq.commands.options import (
     Verbose,
     Workers,
 )
+from onnxslim_ptq.commands.preflight import require_page, require_place
 from onnxslim_ptq.commands.session import asked_files, with_session
 from onnxslim_ptq.errors import DeviceError, QuantizationError
 
 if TYPE_CHECKING:
     from onnxslim_ptq.api import Result
+    from onnxslim_ptq.commands.samples import Again
     from onnxslim_ptq.commands.summary import Summary
     from onnxslim_ptq.commands.worst import Look
     from onnxslim_ptq.export.weight_files import WeightFiles
@@ -155,9 +157,9 @@ def quantize(
 
         show_plan(model, out, settings, external=external_data, as_json=json, verbose=verbose)
     else:
-        from onnxslim_ptq.commands.samples import data_options
+        from onnxslim_ptq.commands.samples import Again
 
-        again = data_options(given["recipe"], preprocess, tokenizer)
+        again = Again.of(given)
         files = asked_files(given)
         _run(model, out, settings, again, external_data, files, report, json, quiet, verbose)
 
@@ -217,6 +219,8 @@ def _check_combinations(given: Mapping[str, Any]) -> None:
         raise QuantizationError("--samples limits --calib; leave it out with --stats alone")
     if given["report"] and given["dry_run"]:
         raise QuantizationError("--report shows a result, and --dry-run makes none; leave one out")
+    if given["report"]:
+        require_page(given["report"])
     if given["stacked"] and not (given["calib"] or given["evaluation"]):
         raise QuantizationError("--stacked describes the files of --calib or --eval; give one of them")
 
@@ -225,7 +229,7 @@ def _run(
     model: Path,
     out: Path,
     settings: dict[str, Any],
-    again: str,
+    again: Again,
     external: bool,
     files: WeightFiles | None,
     report: Path | None,
@@ -238,7 +242,7 @@ def _run(
     from onnxslim_ptq.commands.worst import look_closer, worst_layers
 
     recipe = settings["recipe"]  # loaded by `_settings`
-    _preflight(model, out, settings["device"], recipe.quant_type)
+    require_place(model, out, settings["device"], recipe.quant_type)
     data_free = settings["calib_data"] is None and not recipe.data.sets and settings["stats"] is None
     if data_free and model.is_file() and recipe.needs_ranges:
         warn(
@@ -287,15 +291,3 @@ def _write_report(facts: dict[str, Any] | None, summary: Summary, path: Path) ->
 
     write_report({**facts, "bytes": list(summary.nbytes), "next": summary.tune()}, path)
     return []
-
-
-def _preflight(model: Path, out: Path, device: str, quant_type: str) -> None:
-    """Refuse before the long work what would be refused after it: the device, the input as OUT, no access to OUT."""
-    from calib.provider import require_device
-    from onnxslim_ptq.export.check import source_files
-    from onnxslim_ptq.export.files import AtomicFiles, output_paths
-
-    require_device(device)
-    if model.is_file():  # else opening it says what is wrong
-        with AtomicFiles(output_paths(out, model.stem, quant_type), source_files(model)):
-            pass

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from onnxslim_ptq.recipe import Recipe
 
-__all__ = ["data_options", "with_data"]
+__all__ = ["Again", "with_data"]
+
+_USUAL = "w8a8"
 
 
 def with_data(recipe: str | Recipe, preprocess: str | None, tokenizer: Path | None) -> Recipe:
@@ -25,11 +29,31 @@ def with_data(recipe: str | Recipe, preprocess: str | None, tokenizer: Path | No
     return loaded
 
 
-def data_options(recipe: str | Recipe, preprocess: str | None, tokenizer: Path | None) -> str:
-    """The options again, as ``compare`` needs them to see the same samples; the recipe when it has a data section."""
-    from onnxslim_ptq.recipe import Recipe
+@dataclass(frozen=True)
+class Again:
+    """Options of a run for another command: ``data`` reads the same samples, ``form`` also makes the same kind."""
 
-    given = {"--preprocess": preprocess, "--tokenizer": tokenizer}
-    if isinstance(recipe, str) and Recipe.load(recipe).dump().get("data"):
-        given["--recipe"] = recipe
-    return "".join(f" {name} {shlex.quote(str(value))}" for name, value in given.items() if value is not None)
+    data: str = ""
+    form: str = ""
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Again:
+        """From the parameters of ``quantize``; the recipe is part of ``data`` when it has a data section."""
+        from onnxslim_ptq.recipe import Recipe
+
+        recipe = given["recipe"] if isinstance(given["recipe"], str) else None
+        described = recipe is not None and bool(Recipe.load(recipe).dump().get("data"))
+        data = {name: given[name] for name in ("preprocess", "tokenizer")}
+        data["recipe"] = recipe if described else None
+        form = {
+            **data,
+            "recipe": recipe if described or recipe != _USUAL else None,
+            "target": given["target"],
+        }
+        return cls(_options(data), _options(form))
+
+
+def _options(values: Mapping[str, Any]) -> str:
+    return "".join(
+        f" --{name} {shlex.quote(str(value))}" for name, value in values.items() if value is not None
+    )

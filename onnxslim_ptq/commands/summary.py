@@ -15,6 +15,7 @@ from onnxslim_ptq.cpu import int8_features, saturates
 
 if TYPE_CHECKING:
     from onnxslim_ptq.api import Result
+    from onnxslim_ptq.commands.samples import Again
     from onnxslim_ptq.export.files import OutputPaths
     from onnxslim_ptq.recipe import Recipe
 
@@ -31,12 +32,12 @@ MEASURED_ON = {
 
 @dataclass
 class Summary:
-    """A result and the files it went to; ``again`` holds the options that read the same samples again."""
+    """A result and the files it went to; ``again``: the options for the commands that it suggests."""
 
     result: Result
     paths: OutputPaths
     settings: Mapping[str, Any]
-    again: str = ""
+    again: Again
     worst: list[tuple[str, float]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -126,7 +127,7 @@ class Summary:
         goal = math.ceil(min(self.result.metrics["sqnr_db"] or 0.0, 90.0) + 3)
         models = " ".join(shlex.quote(str(p)) for p in (self.result.source.path, self.paths.model))
         stacked = " --stacked" if self.settings["stacked"] else ""
-        return f'{program()} tune {models}{self._calib()}{stacked}{self.again} --goal "sqnr>={goal}"'
+        return f'{program()} tune {models}{self._calib()}{stacked}{self.again.form} --goal "sqnr>={goal}"'
 
     def _calib(self) -> str:
         given = self.settings["calib_data"] or (() if self.result.recipe.data.sets else ("SAMPLES",))
@@ -138,7 +139,9 @@ class Summary:
             samples = f" --eval {shlex.quote(str(self.settings['eval_data']))}"
         models = " ".join(shlex.quote(str(p)) for p in (self.result.source.path, self.paths.model))
         stacked = " --stacked" if self.settings["stacked"] else ""
-        return f"{program()} compare {models}{samples}{stacked}{self.again}  (error of each layer, speed)"
+        return (
+            f"{program()} compare {models}{samples}{stacked}{self.again.data}  (error of each layer, speed)"
+        )
 
     def show_json(self) -> None:
         before, after = self.nbytes

@@ -26,6 +26,7 @@ from onnxslim_ptq.commands.options import (
     Threads,
     Tokenizer,
 )
+from onnxslim_ptq.commands.preflight import require_place
 from onnxslim_ptq.errors import QuantizationError
 
 if TYPE_CHECKING:
@@ -114,13 +115,15 @@ def tune(
 
     wanted = Goal.parse(goal)
     loaded = with_data(recipe, preprocess, tokenizer)
+    own = load_evaluator(evaluator) if evaluator else None
+    require_place(model, out, device, loaded.quant_type)
     with Bars(json) as bars:
         found = run(
             model,
             wanted,
             calib or None,
             recipe=loaded,
-            evaluator=load_evaluator(evaluator) if evaluator else None,
+            evaluator=own,
             max_time=max_time,
             history=history or out.with_name(f"{out.name}.tune.jsonl"),
             target=target,
@@ -162,8 +165,11 @@ def load_evaluator(text: str) -> Callable[[str], float]:
 
 
 def _write(path: Path, text: str) -> None:
+    from onnxslim_ptq.export.files import create
+
     temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text, "utf-8")
+    with create(temporary) as file:
+        file.write(text.encode())
     temporary.replace(path)
 
 

@@ -16,6 +16,7 @@ from calib.runner import collect
 from calib.stats import ChannelStats, HistogramStats
 from calib.types import Probe, Sample, Stats
 from onnxslim_ptq.analysis.compare import Comparison, LayerError
+from onnxslim_ptq.analysis.metrics import OutputError
 from onnxslim_ptq.api import Result
 from onnxslim_ptq.core.spec import Slot, Use
 from onnxslim_ptq.graph.linears import Linear, find_linears
@@ -51,16 +52,14 @@ def gather_facts(
     rows += [layers.unmatched(node, why) for node, why in result.skipped.items() if node not in known]
     latency = comparison.latency
     metrics = {k: v for k, v in result.metrics.items() if k != "per_output"}
+    metrics["sqnr_db"] = _decibels(metrics.get("sqnr_db"))
     return {
         "title": result.context.source,
         "target": result.context.target,
         "quant_type": result.context.quant_type,
         "bytes": list(nbytes),
         "metrics": metrics,
-        "outputs": [
-            {"name": e.name, **e.as_json(), **({"top1_agree": e.top1} if e.is_float else {})}
-            for e in comparison.outputs
-        ],
+        "outputs": [_output(error) for error in comparison.outputs],
         "latency": None if latency is None else latency.as_json(),
         "task": {name: list(pair) for name, pair in (task or {}).items()},
         "layers": rows,
@@ -81,6 +80,11 @@ def gather_facts(
         },
         "next": next_command,
     }
+
+
+def _output(error: OutputError) -> dict[str, Any]:
+    known = {"sqnr_db": _decibels(error.sqnr), "top1_agree": error.top1} if error.is_float else {}
+    return {"name": error.name, **error.as_json(), **known}
 
 
 def _distributions(

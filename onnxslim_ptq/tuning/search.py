@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -133,7 +134,7 @@ class _Tuner:
         self.evaluator, self.history, self.end = evaluator, history, end
         names = [n for n in given if n not in ("calib_data", "eval_data", "listener")]
         options = {name: given[name] for name in names}
-        own = getattr(evaluator, "__qualname__", "") if evaluator is not None else ""
+        own = [str(getattr(evaluator, key, "")) for key in ("__module__", "__qualname__")]
         measured = len(data.evaluation), data.measured_on
         parts = [job.source.sha256, data.sha256, measured, options, own, __version__]
         self.setting = json.dumps(parts, sort_keys=True, default=str)
@@ -175,7 +176,9 @@ class _Tuner:
 
     def value(self, trial: Trial) -> float:
         found = trial.measures.get(self.goal.metric)
-        return float("inf") if found is None else found
+        if found is None:
+            return float("inf")
+        return float("-inf") if math.isnan(found) else found  # an evaluator may return NaN
 
     # ---- trials
 
@@ -243,6 +246,10 @@ class _Tuner:
     def _better_recipe(self) -> Trial:
         best = self.trial("the recipe", self.job.recipe)
         assert best is not None
+        if best.measures.get(self.goal.metric) is None:
+            raise RecipeError(
+                f"goal '{self.goal}': no output of the model can be judged by {self.goal.metric}; choose another metric"
+            )
         for label, change in CHANGES.items():
             if self.goal.met(best.measures):
                 break

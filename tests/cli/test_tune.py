@@ -11,6 +11,10 @@ import yaml
 
 from onnxslim_ptq import Recipe, quantize
 from onnxslim_ptq.cli import main
+from onnxslim_ptq.errors import RecipeError
+from onnxslim_ptq.tuning import tune
+from tests.graph.models import embedded, model_of
+from tests.models import feeds_for, weights_of
 
 DIGITS = Path(__file__).resolve().parents[2] / "tools" / "digits"
 MODEL, CALIB = str(DIGITS / "digits.onnx"), str(DIGITS / "calib")
@@ -102,3 +106,26 @@ def test_errors(more: list[str], message: str, tmp_path: Path, capsys: Captured)
     assert main(["tune", MODEL, str(tmp_path / "t.onnx"), "--calib", CALIB, *more]) == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_input_is_refused_before_the_search(tmp_path: Path, capsys: Captured) -> None:
+    model = tmp_path / "m.onnx"
+    model.write_bytes(Path(MODEL).read_bytes())
+    assert main(["tune", str(model), str(model), "--calib", CALIB, "--goal", "sqnr>=30"]) == 2
+    assert "is the same file as the input" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"], "no history: no trial was made"
+
+
+def test_a_metric_that_is_not_a_number_is_the_worst_of_all() -> None:
+    found = tune(MODEL, "metric>=1", CALIB, samples=8, evaluator=lambda _: float("nan"), max_time=0.1)
+    assert not found.met
+    assert str(found.best.measures["metric"]) == "nan"
+
+
+def test_a_goal_that_no_output_can_show() -> None:
+    """Top-1 of a model without rows: not met at once, but an error."""
+    proto = embedded(
+        model_of("g (float[1,8] x) => (float[1,1] y) { y = MatMul (x, w) }", weights_of(1, w=(8, 1)))
+    )
+    with pytest.raises(RecipeError, match="no output of the model can be judged by top1_agree"):
+        tune(proto, "top1_agree>=0.5", feeds_for(proto))

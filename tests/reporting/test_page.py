@@ -11,8 +11,12 @@ from typing import Any
 
 import pytest
 
+from calib.readers import open_data
+from onnxslim_ptq import quantize
+from onnxslim_ptq.analysis.compare import compare_models
 from onnxslim_ptq.cli import main
-from onnxslim_ptq.reporting import render_page, write_report
+from onnxslim_ptq.commands.samples import Again
+from onnxslim_ptq.reporting import gather_facts, render_page, write_report
 
 DIGITS = Path(__file__).resolve().parents[2] / "tools" / "digits"
 HOSTILE = (
@@ -173,3 +177,35 @@ class TestText:
         assert rows["/stem/stem.0/Conv"]["state"] == "float"
         assert " tune " in facts["next"]
         assert report.stat().st_mode & 0o077 == 0o040
+
+
+def test_it_replaces_nothing_but_pages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Refused before the work, not after it: a name that could be a model's, and a folder."""
+    model = tmp_path / "m.onnx"
+    model.write_bytes((DIGITS / "digits.onnx").read_bytes())
+    (tmp_path / "page.html").mkdir()
+    start = [str(model), str(tmp_path / "o.onnx"), "--calib", str(DIGITS / "calib"), "--report"]
+    assert main([*start, str(model)]) == 2
+    assert "give a name that ends in .html" in capsys.readouterr().err
+    assert main([*start, str(tmp_path / "page.html")]) == 2
+    assert "cannot be written; choose a file" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "page.html"]
+
+
+def test_an_exact_result_is_not_unknown() -> None:
+    """Infinite decibels: JSON has none, and null is shown as n/a."""
+    result = quantize(DIGITS / "digits.onnx", calib_data=DIGITS / "calib")
+    samples = list(open_data([DIGITS / "calib"], result.source.inputs()))[:1]
+    same = compare_models(result.source, result.source, samples, latency=False)
+    result.metrics["sqnr_db"] = float("inf")
+    facts = facts_of(render_page(gather_facts(result, same, samples, nbytes=(2, 1))))
+    assert facts["metrics"]["sqnr_db"] == 999.0
+    assert {output["sqnr_db"] for output in facts["outputs"]} == {999.0}
+
+
+def test_the_suggested_command_makes_the_same_kind_of_result() -> None:
+    given = {"recipe": "w8a8-minmax", "preprocess": None, "tokenizer": None, "target": "generic"}
+    assert Again.of(given) == Again("", " --recipe w8a8-minmax --target generic")
+    assert Again.of({**given, "recipe": "w8a8", "target": None, "preprocess": "coco"}) == Again(
+        " --preprocess coco", " --preprocess coco"
+    )
