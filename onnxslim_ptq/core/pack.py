@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from calib.types import Array
 
-__all__ = ["pack_int4", "unpack_int4", "unpack_words"]
+__all__ = ["pack_int4", "read_packed", "tell_packed", "unpack_int4", "unpack_words"]
 
 _PER_WORD = 8
+_PACKED = "packed_int4"  # in the metadata of a .safetensors file, which has no 4-bit type
 
 
 def pack_int4(codes: Array) -> NDArray[np.int8]:
@@ -42,3 +44,19 @@ def unpack_words(words: Array, axis: int, order: Sequence[int] = range(_PER_WORD
     for i, place in enumerate(order):
         nibbles[..., place] = raw >> np.uint32(4 * i) & np.uint32(0xF)
     return np.moveaxis(nibbles.reshape(*raw.shape[:-1], -1), -1, axis)
+
+
+def tell_packed(kinds: Mapping[str, str]) -> dict[str, str]:
+    """Metadata of a .safetensors file that say which of its tensors hold 4-bit codes: int4 or uint4 by name."""
+    return {_PACKED: json.dumps(dict(kinds), sort_keys=True)}
+
+
+def read_packed(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What `tell_packed` wrote, empty where there is nothing of it; ValueError for anything else under its key."""
+    try:
+        kinds = json.loads(metadata.get(_PACKED, "{}"))
+    except (ValueError, RecursionError):
+        kinds = None
+    if not isinstance(kinds, dict) or any(kind not in ("int4", "uint4") for kind in kinds.values()):
+        raise ValueError(f"its metadata '{_PACKED}' is no table of int4 and uint4 by tensor")
+    return kinds

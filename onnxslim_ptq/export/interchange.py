@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from calib.types import Array
+from onnxslim_ptq.core.pack import read_packed, tell_packed
 from onnxslim_ptq.errors import GraphError, RecipeError
 from onnxslim_ptq.export.files import AtomicFiles, create, output_paths
-from onnxslim_ptq.export.golden_stick import from_ascend_v1, from_int4, to_ascend_v1
+from onnxslim_ptq.export.golden_stick import WEIGHT, from_ascend_v1, from_int4, to_ascend_v1
 from onnxslim_ptq.export.packed_int4 import Read, read_autoawq, read_autogptq
-from onnxslim_ptq.export.rebuild import read_weight_files
+from onnxslim_ptq.export.read_weights import read_tensors, read_weight_files, tensor_files
 from onnxslim_ptq.export.tensors import TensorSet
 from onnxslim_ptq.export.weight_files import WeightFiles, Write, files_of
 
@@ -27,10 +27,13 @@ ASCEND_V1, GOLDEN_STICK = "ascend_v1", "golden_stick"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors by name; ``kinds`` where a description tells them."""
+    """Tensors by name and the files they are in; ``kinds`` where a description tells them; ``packed``: the tensors that
+    hold two values to a byte, where a file says so."""
 
     tensors: Mapping[str, Array]
-    kinds: Mapping[str, str]
+    files: tuple[Path, ...]
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    packed: frozenset[str] = frozenset()
 
 
 def _int4(read: Callable[[Mapping[str, Array]], Read], checkpoint: Checkpoint) -> Mapping[str, Array]:
@@ -40,7 +43,7 @@ def _int4(read: Callable[[Mapping[str, Array]], Read], checkpoint: Checkpoint) -
 # (from, to) -> the tensors in their new form; TensorSet where they have kinds.
 CONVERSIONS: dict[tuple[str, str], Callable[[Checkpoint], Mapping[str, Array] | TensorSet]] = {
     (ASCEND_V1, GOLDEN_STICK): lambda found: from_ascend_v1(found.tensors, found.kinds),
-    (GOLDEN_STICK, ASCEND_V1): lambda found: to_ascend_v1(found.tensors),
+    (GOLDEN_STICK, ASCEND_V1): lambda found: to_ascend_v1(found.tensors, found.packed),
     ("autogptq", GOLDEN_STICK): partial(_int4, read_autogptq),
     ("autogptq_v2", GOLDEN_STICK): partial(_int4, partial(read_autogptq, version=2)),
     ("autoawq", GOLDEN_STICK): partial(_int4, read_autoawq),
@@ -58,21 +61,23 @@ def convert(source: Path, out: Path, from_: str, to: str) -> list[Path]:
     if change is None:
         known = ", ".join(f"{a} to {b}" for a, b in CONVERSIONS)
         raise RecipeError(f"convert: there is no way from '{from_}' to '{to}'; there are {known}")
-    made = change(_read(source, from_))
+    found = _read(source, from_)
+    made = change(found)
     if isinstance(made, TensorSet):
-        return _write(out, files_of(made, WeightFiles(("ascendV1",))), source)
+        return _write(out, files_of(made, WeightFiles(("ascendV1",))), found.files)
     if out.suffix != ".safetensors":
         raise GraphError(f"output '{out}' must end in .safetensors for {to}")
-    return write_tensors(out, made, source)
+    packed = {} if from_ == ASCEND_V1 else {name: "int4" for name in made if name.endswith(WEIGHT)}
+    return write_tensors(out, made, found.files, tell_packed(packed) if packed else None)
 
 
 def write_tensors(
     out: Path,
     tensors: Mapping[str, Array],
-    source: Path | None = None,
+    sources: Sequence[Path] = (),
     metadata: dict[str, str] | None = None,
 ) -> list[Path]:
-    """One .safetensors file, atomically; GraphError when it would replace ``source`` or the disk refuses."""
+    """One .safetensors file, atomically; GraphError when it would replace one of ``sources`` or the disk refuses."""
     plain = {
         name: np.ascontiguousarray(values).reshape(values.shape) for name, values in sorted(tensors.items())
     }
@@ -81,13 +86,13 @@ def write_tensors(
         with create(path) as file:
             file.write(save(plain, metadata=metadata))
 
-    return _write(out.parent, {out.name: write}, source)
+    return _write(out.parent, {out.name: write}, sources)
 
 
-def _write(folder: Path, files: Mapping[str, Write], source: Path | None) -> list[Path]:
+def _write(folder: Path, files: Mapping[str, Write], sources: Sequence[Path]) -> list[Path]:
     """All files appear together; the model file that such a set of paths begins with is never written."""
     paths = output_paths(folder / ".none.onnx", "", "", tuple(files))
-    with AtomicFiles(paths, [] if source is None or source.is_dir() else [source]) as out:
+    with AtomicFiles(paths, sources) as out:
         for path in out.temporary.others:
             files[path.name](path)
         out.commit()
@@ -98,15 +103,18 @@ def _read(source: Path, form: str) -> Checkpoint:
     if form == ASCEND_V1:
         if source.suffix != ".json":
             raise GraphError(f"'{source}': give the description, quant_model_description….json")
-        return Checkpoint(*read_weight_files(source))
+        tensors, kinds = read_weight_files(source)
+        return Checkpoint(tensors, (source, *tensor_files(source)), kinds)
     paths = sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
     if not paths:
         raise GraphError(f"'{source}' holds no .safetensors file")
-    tensors: dict[str, Array] = {}
+    every: dict[str, Array] = {}
+    packed: frozenset[str] = frozenset()
     for path in paths:
+        found, metadata = read_tensors(path)
+        every |= found
         try:
-            with safe_open(str(path), "np") as file:
-                tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, TypeError, AttributeError) as error:
-            raise GraphError(f"'{path}' cannot be read: {' '.join(str(error).split())}") from None
-    return Checkpoint(tensors, {})
+            packed |= read_packed(metadata).keys()
+        except ValueError as error:
+            raise GraphError(f"'{path}': {error}") from None
+    return Checkpoint(every, tuple(paths), packed=packed)

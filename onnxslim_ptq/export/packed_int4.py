@@ -92,16 +92,27 @@ def _read(tensors: Mapping[str, Array], make: Callable[[str, dict[str, Array]], 
         missing = next((kind for kind in ("qzeros", "scales") if kind not in parts), None)
         if missing is not None:
             raise GraphError(f"layer '{name}' has no tensor '{missing}'; give the whole checkpoint")
-        if parts["qweight"].dtype != np.int32 or parts["qzeros"].dtype != np.int32:
-            raise GraphError(f"layer '{name}': packed codes are int32, not {parts['qweight'].dtype}")
+        _require_forms(name, parts)
         layers[name] = make(name, parts)
     return layers, {name: values for name, values in tensors.items() if name not in taken}
+
+
+def _require_forms(name: str, parts: Mapping[str, Array]) -> None:
+    """GraphError for a tensor whose type or number of axes is not the one in the table."""
+    for kind, values in parts.items():
+        axes = 1 if kind == "g_idx" else 2
+        if values.ndim != axes:
+            raise GraphError(f"layer '{name}': {kind} has shape {list(values.shape)}, not {axes} axes")
+        if kind != "scales" and values.dtype != np.int32:
+            raise GraphError(
+                f"layer '{name}': packed codes are int32, and so is g_idx; {kind} is {values.dtype}"
+            )
 
 
 def _layer(name: str, codes: Array, zero: Array, scales: Array) -> Int4Layer:
     rows, columns = codes.shape
     groups = len(scales)
-    if scales.shape != zero.shape or scales.shape[1] != columns or groups == 0 or rows % groups:
+    if scales.shape != zero.shape or scales.shape[1] != columns or not groups or not rows or rows % groups:
         raise GraphError(
             f"layer '{name}': codes {list(codes.shape)}, zero points {list(zero.shape)} and scales "
             f"{list(scales.shape)} do not fit 4 bits; only 4-bit checkpoints can be read"
@@ -114,7 +125,8 @@ def _in_order(name: str, layer: Int4Layer, groups: Array) -> Int4Layer:
     """Rows in the order of their groups, which act-order scatters."""
     count = len(layer.scale)
     size = len(layer.codes) // count
-    if len(groups) != len(layer.codes) or (np.bincount(groups, minlength=count) != size).any():
+    known = len(groups) == len(layer.codes) and groups.min() >= 0 and groups.max() < count
+    if not known or (np.bincount(groups, minlength=count) != size).any():
         raise GraphError(f"layer '{name}': g_idx does not give each of {count} groups {size} rows")
     order = np.argsort(groups, kind="stable").astype(np.int32)
     if (order == np.arange(len(order))).all():

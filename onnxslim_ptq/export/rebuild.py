@@ -7,13 +7,11 @@ left to the graph.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from numpy.typing import NDArray
 
 from calib.model import Model
 from calib.types import Array
@@ -21,6 +19,7 @@ from onnxslim_ptq.core.dtypes import INT8, INT32
 from onnxslim_ptq.core.qmath import quantize_bias
 from onnxslim_ptq.core.spec import (
     BiasCodes,
+    Grain,
     ManyTokens,
     PerChannel,
     PerTensor,
@@ -35,6 +34,7 @@ from onnxslim_ptq.core.spec import (
 from onnxslim_ptq.core.targets import BiasForm, Target
 from onnxslim_ptq.errors import GraphError
 from onnxslim_ptq.export.qdq import render_qdq
+from onnxslim_ptq.export.read_weights import read_weight_files
 from onnxslim_ptq.export.tensors import ATTENTION, FLOAT, bias_of, out_in
 from onnxslim_ptq.graph.attention import find_attention
 from onnxslim_ptq.graph.edit import own_constant
@@ -44,44 +44,10 @@ from onnxslim_ptq.graph.names import module_names
 from onnxslim_ptq.graph.opset import raise_opset
 from onnxslim_ptq.graph.optimize import optimize
 
-__all__ = ["read_weight_files", "rebuild"]
+__all__ = ["rebuild"]
 
 _PER_CHANNEL_OPSET = 13
-_MAX_JSON = 256 * 1024**2
 Tensors = dict[str, Array]
-
-
-def read_weight_files(description: Path) -> tuple[Tensors, dict[str, str]]:
-    """Tensors by name and their kinds, from a description and every .safetensors file of the same save beside it.
-
-    Raises:
-        GraphError: a file is no such file, or a tensor that the description names is missing.
-    """
-    try:
-        if description.stat().st_size > _MAX_JSON:
-            raise GraphError(f"'{description}' is larger than a description can be")
-        document = json.loads(description.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise GraphError(f"description '{description}' cannot be read: {error}") from None
-    if not isinstance(document, dict) or "model_quant_type" not in document:
-        raise GraphError(
-            f"'{description}' is no description of quantized weights: it has no model_quant_type"
-        )
-    tensors: Tensors = {}
-    for path in sorted(description.parent.glob("*.safetensors")):
-        try:
-            with safe_open(path, "np") as file:
-                tensors |= {name: file.get_tensor(name) for name in file.keys() if name in document}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise GraphError(f"'{path}' cannot be read: {error}") from None
-    kinds = {k: v for k, v in document.items() if isinstance(v, str) and k in tensors}
-    known = ("model_quant_type", "version", "fa_quant_type", "group_size")
-    missing = next((name for name in document if name not in tensors and name not in known), None)
-    if missing is not None:
-        raise GraphError(
-            f"'{description.name}' names the tensor '{missing}', which no .safetensors beside it holds"
-        )
-    return tensors, kinds
 
 
 def rebuild(
@@ -132,49 +98,82 @@ _PARTS = (
     "quant_bias",
     "deq_scale",
 )
+_KINDS = ("W8A8", "W8A8_DYNAMIC", "W8A8_MIX", "W8A16")
 
 
 def _plan_layer(
     graph: Graph, plan: QuantPlan, layer: Linear, module: str, tensors: Tensors, kind: str, target: Target
 ) -> None:
-    node = graph.node(layer.node)
-    axis = layer.channel_axis
-    codes = np.ascontiguousarray(out_in(layer, node, tensors[f"{module}.weight"]))
-    scale = np.asarray(_part(tensors, module, "weight_scale").reshape(-1), np.float64)
-    grain: Any = PerTensor() if axis is None else PerChannel(axis)
-    scale = scale[0].reshape(()) if axis is None else scale
-    spec = QuantSpec(INT8, grain, True)
-    params = QParams(spec, scale, np.zeros(scale.shape, np.int64))
-    plan.weights[Use(layer.node, layer.weight)] = Slot(spec, f"{module}.weight")
-    plan.weight_codes[f"{module}.weight"] = WeightCodes(codes, params, "file", layer.weight_name)
+    _require_kind(module, kind)
+    stored = _weight(graph, layer, module, tensors)
+    weight = Slot(stored.params.spec, f"{module}.weight")
+    plan.weights[Use(layer.node, layer.weight)] = weight
+    plan.weight_codes[weight.params] = stored
     site = Use(layer.node, layer.activation)
     if kind == "W8A8_DYNAMIC":
         rows = QuantSpec(target.activation, PerToken(), target.symmetric_activation)
         plan.activations[site] = Slot(rows, f"{layer.activation_name}@token")
-    if kind == "W8A8_TIMESTEP":
-        raise GraphError(
-            f"'{module}' has the kind {kind}: its files do not tell from which time step it is static"
-        )
     if kind not in ("W8A8", "W8A8_MIX"):
         return
     dtype = target.activation
     shift = 0 if dtype.signed else (dtype.highest + 1) // 2
-    s_x = np.asarray(_part(tensors, module, "input_scale").reshape(-1)[0], np.float64)
-    zero = np.asarray(int(_part(tensors, module, "input_offset").reshape(-1)[0]) + shift, np.int64)
+    s_x, offset = (_numbers(tensors, module, part, 1)[0] for part in ("input_scale", "input_offset"))
+    if s_x <= 0 or not -128 <= offset <= 127 or offset != int(offset):
+        raise GraphError(
+            f"'{module}' has input_scale {s_x:g} and input_offset {offset:g}; the files are damaged"
+        )
+    zero = np.asarray(int(offset) + shift, np.int64)
     act = QuantSpec(dtype, PerTensor(), target.symmetric_activation)
     # Readers of one tensor that share its numbers share the quantizer, as in the graph the files came from.
     key = f"{layer.activation_name}@{float(s_x)!r}@{int(zero)}"
-    plan.params[key] = QParams(act, s_x, zero)
+    plan.params[key] = QParams(act, np.asarray(s_x), zero)
     if kind == "W8A8_MIX":
         act = QuantSpec(dtype, PerToken(ManyTokens()), target.symmetric_activation)
     plan.activations[site] = Slot(act, key)
     if kind == "W8A8" and layer.bias is not None and target.bias is BiasForm.INT32:
-        values = np.asarray(graph.value(node.inputs[layer.bias]), np.float64)
-        both = np.asarray(np.float32(s_x * np.broadcast_to(scale, values.shape)), np.float64)
+        values = np.asarray(graph.value(graph.node(layer.node).inputs[layer.bias]), np.float64)
+        both = np.asarray(np.float32(s_x * np.broadcast_to(stored.params.scale, values.shape)), np.float64)
         integers, clipped = quantize_bias(values, both)
         bias = QuantSpec(INT32, PerChannel(0), True)
         plan.biases[Use(layer.node, layer.bias)] = Slot(bias, f"{module}.bias")
-        plan.bias_codes[f"{module}.bias"] = BiasCodes(integers, both, key, f"{module}.weight", clipped)
+        plan.bias_codes[f"{module}.bias"] = BiasCodes(integers, both, key, weight.params, clipped)
+
+
+def _require_kind(module: str, kind: str) -> None:
+    if kind == "W8A8_TIMESTEP":
+        raise GraphError(
+            f"'{module}' has the kind {kind}: its files do not tell from which time step it is static"
+        )
+    if kind not in _KINDS:
+        raise GraphError(f"'{module}' has the kind {kind}; a graph can be made of {', '.join(_KINDS)}")
+
+
+def _weight(graph: Graph, layer: Linear, module: str, tensors: Tensors) -> WeightCodes:
+    """The layer's codes and scales; GraphError unless they are symmetric int8 of the shape it has in the model."""
+    node = graph.node(layer.node)
+    codes = np.ascontiguousarray(out_in(layer, node, tensors[f"{module}.weight"]))
+    own = graph.value(node.inputs[layer.weight])
+    assert own is not None
+    if codes.dtype != np.int8 or codes.shape != own.shape:
+        raise GraphError(
+            f"'{module}.weight' is {codes.dtype} {list(codes.shape)} in the files, not int8 {list(own.shape)}; "
+            "give the float model that the files were made from"
+        )
+    scale = _numbers(tensors, module, "weight_scale", layer.channels)
+    if (scale <= 0).any():
+        raise GraphError(f"'{module}.weight_scale' is not above 0 everywhere; the files are damaged")
+    if (
+        f"{module}.weight_offset" in tensors
+        and _numbers(tensors, module, "weight_offset", layer.channels).any()
+    ):
+        raise GraphError(
+            f"'{module}' has asymmetric weights (weight_offset); a graph can be made of symmetric ones"
+        )
+    axis = layer.channel_axis
+    grain: Grain = PerTensor() if axis is None else PerChannel(axis)
+    scale = scale[0].reshape(()) if axis is None else scale
+    params = QParams(QuantSpec(INT8, grain, True), scale, np.zeros(scale.shape, np.int64))
+    return WeightCodes(codes, params, "file", layer.weight_name)
 
 
 def _plan_attention(graph: Graph, plan: QuantPlan, tensors: Tensors) -> None:
@@ -183,22 +182,26 @@ def _plan_attention(graph: Graph, plan: QuantPlan, tensors: Tensors) -> None:
         return
     for one in find_attention(graph)[0]:
         for role, entry in one.entries.items():
-            scale = tensors.get(f"{one.name}.fa_{role}.scale")
-            if scale is None:
+            prefix = f"{one.name}.fa_{role}"
+            if f"{prefix}.scale" not in tensors:
                 continue
             alone = entry.heads == 1 and entry.width == 1
-            numbers = np.asarray(scale.reshape(-1).repeat(entry.width), np.float64)
+            numbers = _numbers(tensors, prefix, "scale", entry.heads).repeat(entry.width)
             numbers = numbers[0].reshape(()) if alone else numbers
             spec = QuantSpec(INT8, PerTensor() if alone else PerChannel(entry.axis), True)
-            key = f"{entry.tensor}@{one.name}.fa_{role}"
+            key = f"{entry.tensor}@{prefix}"
             plan.params[key] = QParams(spec, numbers, np.zeros(numbers.shape, np.int64))
             plan.activations[entry.use] = Slot(spec, key)
 
 
-def _part(tensors: Tensors, module: str, part: str) -> Array:
-    if f"{module}.{part}" not in tensors:
+def _numbers(tensors: Tensors, module: str, part: str, count: int) -> NDArray[np.float64]:
+    """A tensor of ``count`` finite numbers, float64 [count]."""
+    values = tensors.get(f"{module}.{part}")
+    if values is None:
         raise GraphError(f"tensor '{module}.{part}' is missing; the files are not complete")
-    return tensors[f"{module}.{part}"]
+    if values.size != count or not np.isfinite(values).all():
+        raise GraphError(f"'{module}.{part}' has shape {list(values.shape)}, not {count} finite numbers")
+    return np.asarray(values.reshape(-1), np.float64)
 
 
 def _set(graph: Graph, node: str, port: int, values: Array) -> None:

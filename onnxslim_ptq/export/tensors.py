@@ -148,11 +148,14 @@ def _quantized(
     sums = codes.astype(np.int64).reshape(layer.channels, -1).sum(axis=1)
     assert input_slot is not None
     steps = plan.timesteps.get(input_slot.params)
-    if steps is None:
-        derived = _derived(params, scale, real, sums)
-    else:
-        each = [_derived(steps[step], scale, real, sums) for step in sorted(steps)]
-        derived = {part: np.stack([one[part] for one in each]) for part in each[0]}
+    try:
+        if steps is None:
+            derived = _derived(params, scale, real, sums)
+        else:
+            each = [_derived(steps[step], scale, real, sums) for step in sorted(steps)]
+            derived = {part: np.stack([one[part] for one in each]) for part in each[0]}
+    except ValueError as error:
+        raise GraphError(f"layer '{module}': {error}; leave it float or leave out the weight files") from None
     for part, values in derived.items():
         made.add(f"{module}.{part}", values, kind)
 

@@ -17,7 +17,7 @@ from onnxslim_ptq.core.pack import pack_int4, unpack_int4, unpack_words
 from onnxslim_ptq.errors import GraphError, RecipeError
 from onnxslim_ptq.export.interchange import CONVERSIONS, convert
 from onnxslim_ptq.export.packed_int4 import read_autoawq, read_autogptq
-from onnxslim_ptq.export.rebuild import read_weight_files
+from onnxslim_ptq.export.read_weights import read_weight_files
 from onnxslim_ptq.export.weight_files import WeightFiles
 from tests.models import feeds_for, mlp
 
@@ -126,6 +126,11 @@ class TestInt4:
             ({"q.scales": np.ones((3, OUT), np.float16)}, "layer 'q': codes"),
             ({"q.qweight": np.ones((8, OUT), np.int64)}, "packed codes are int32"),
             ({"q.g_idx": np.zeros(IN, np.int32)}, "g_idx does not give each of 2 groups 32 rows"),
+            ({"q.g_idx": np.full(IN, 2**31 - 1, np.int32)}, "g_idx does not give each of 2 groups 32 rows"),
+            ({"q.g_idx": np.full(IN, -1, np.int32)}, "g_idx does not give each of 2 groups 32 rows"),
+            ({"q.g_idx": np.zeros(IN, np.float32)}, "so is g_idx; g_idx is float32"),
+            ({"q.g_idx": np.zeros((IN, 1), np.int32)}, r"g_idx has shape \[64, 1\], not 1 axes"),
+            ({"q.qzeros": np.ones(8, np.int32)}, r"qzeros has shape \[8\], not 2 axes"),
         ],
     )
     def test_refused(self, change: dict[str, Any], text: str) -> None:
@@ -241,3 +246,88 @@ class TestNames:
         )
         assert json.loads(capsys.readouterr().out)["files"] == [str(out)]
         assert out.is_file()
+
+
+class TestFormsThatTheOtherSideLacks:
+    """What a format cannot say is refused, not left out."""
+
+    def test_int4_of_a_square_layer(self, tmp_path: Path) -> None:
+        """[n, n / 2] bytes and n scales look like int8 of half as many inputs."""
+        codes, zero, scale = np.full((16, 16), 9), np.full((1, 16), 8), np.ones((1, 16), np.float16)
+        packed = {"q.qweight": words(codes, 0), "q.qzeros": words(zero - 1, 1), "q.scales": scale}
+        save_file(packed, tmp_path / "a.safetensors")
+        convert(tmp_path / "a.safetensors", tmp_path / "g.safetensors", "autogptq", "golden_stick")
+        assert load_file(tmp_path / "g.safetensors")["q._layer.weight"].shape == (16, 8)
+        with pytest.raises(GraphError, match="layer 'q' has 4 bits"):
+            convert(tmp_path / "g.safetensors", tmp_path / "back", "golden_stick", "ascend_v1")
+
+    @pytest.mark.parametrize(
+        ("part", "values", "text"),
+        [
+            ("_layer.matmul.smooth_scale", np.ones(8, np.float32), r"smoothed per channel \(smooth_scale\)"),
+            ("_layer.matmul.perm", np.arange(8, dtype=np.int32), "layer 'q' has 4 bits"),
+            ("_layer.weight", np.ones((4, 8), np.float32), "its weight is float32"),
+        ],
+    )
+    def test_of_golden_stick(self, part: str, values: Array, text: str, tmp_path: Path) -> None:
+        layer = {
+            "q._layer.weight": np.ones((4, 8), np.int8),
+            "q._layer.matmul.weight_scale": np.ones(4, np.float32),
+        }
+        save_file({**layer, f"q.{part}": values}, tmp_path / "g.safetensors")
+        with pytest.raises(GraphError, match=text):
+            convert(tmp_path / "g.safetensors", tmp_path / "back", "golden_stick", "ascend_v1")
+
+    @pytest.mark.parametrize(
+        ("kind", "change", "text"),
+        [
+            ("W8A8_TIMESTEP", {}, "layer 'q' of kind W8A8_TIMESTEP has int8 weights"),
+            ("W4A16", {}, "layer 'q' of kind W4A16"),
+            ("W8A16", {"q.weight_scale": np.ones((4, 2), np.float32)}, "and 8 scales"),
+            ("W8A8_DYNAMIC", {"q.weight_offset": np.ones((4, 1), np.float32)}, "has asymmetric weights"),
+            ("W8A16", {"q.weight": None}, "layer 'q' has no tensor 'weight'"),
+        ],
+    )
+    def test_of_msmodelslim(self, kind: str, change: dict[str, Any], text: str, tmp_path: Path) -> None:
+        tensors = {
+            "q.weight": np.ones((4, 8), np.int8),
+            "q.weight_scale": np.ones((4, 1), np.float32),
+            "q.weight_offset": np.zeros((4, 1), np.float32),
+        }
+        tensors = {name: v for name, v in {**tensors, **change}.items() if v is not None}
+        save_file(tensors, tmp_path / "w.safetensors")
+        description = {"model_quant_type": kind, **dict.fromkeys(tensors, kind)}
+        (tmp_path / "d.json").write_text(json.dumps(description))
+        with pytest.raises(GraphError, match=text):
+            convert(tmp_path / "d.json", tmp_path / "g.safetensors", "ascend_v1", "golden_stick")
+
+    def test_zero_points_of_weights_alone(self, tmp_path: Path) -> None:
+        offset = np.array([[3], [0], [-2], [1]], np.float32)
+        tensors = {
+            "q.weight": np.ones((4, 8), np.int8),
+            "q.weight_scale": np.ones((4, 1), np.float32),
+            "q.weight_offset": offset,
+        }
+        save_file(tensors, tmp_path / "w.safetensors")
+        description = {"model_quant_type": "W8A16", **dict.fromkeys(tensors, "W8A16")}
+        (tmp_path / "d.json").write_text(json.dumps(description))
+        convert(tmp_path / "d.json", tmp_path / "g.safetensors", "ascend_v1", "golden_stick")
+        made = load_file(tmp_path / "g.safetensors")
+        np.testing.assert_array_equal(made["q._layer.matmul.weight_zp"], -offset[:, 0])
+        convert(tmp_path / "g.safetensors", tmp_path / "back", "golden_stick", "ascend_v1")
+        after, _ = read_weight_files(tmp_path / "back" / "quant_model_description.json")
+        np.testing.assert_array_equal(after["q.weight_offset"], offset)
+
+    def test_metadata_that_is_not_ours(self, tmp_path: Path) -> None:
+        layer = {"q._layer.weight": np.ones((4, 8), np.int8)}
+        save_file(layer, tmp_path / "g.safetensors", metadata={"packed_int4": '["q"]'})
+        with pytest.raises(GraphError, match="its metadata 'packed_int4' is no table"):
+            convert(tmp_path / "g.safetensors", tmp_path / "back", "golden_stick", "ascend_v1")
+
+    def test_inputs_are_never_written_over(self, tmp_path: Path) -> None:
+        description = ascend_v1(tmp_path / "a")
+        own = tmp_path / "a" / "quant_model_weight_w8a8.safetensors"
+        before = own.read_bytes()
+        with pytest.raises(GraphError, match="is the same file as the input"):
+            convert(description, own, "ascend_v1", "golden_stick")
+        assert own.read_bytes() == before

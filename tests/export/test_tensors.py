@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from calib.model import open_model
 from onnxslim_ptq import Result
@@ -19,7 +19,8 @@ from onnxslim_ptq.core.deq_scale import unpack
 from onnxslim_ptq.core.targets import TARGETS
 from onnxslim_ptq.errors import GraphError
 from onnxslim_ptq.export.files import write_model
-from onnxslim_ptq.export.rebuild import read_weight_files, rebuild
+from onnxslim_ptq.export.read_weights import read_weight_files
+from onnxslim_ptq.export.rebuild import rebuild
 from onnxslim_ptq.export.weight_files import WeightFiles
 from tests.models import outputs_of, parse, quantized, session_of, sqnr_of, weights_of
 
@@ -235,4 +236,58 @@ class TestRebuildRefuses:
         with pytest.raises(GraphError, match="has no model_quant_type"):
             read_weight_files(tmp_path / "a.json")
         with pytest.raises(GraphError, match="cannot be read"):
+            read_weight_files(tmp_path / "b.json")
+
+    @pytest.mark.parametrize(
+        ("change", "says"),
+        [
+            ({"up.weight": np.zeros((128, 64), np.float32)}, "'up.weight' is float32 .* in the files, not int8"),
+            ({"up.weight": np.zeros((1, 64), np.int8)}, r"is int8 \[64, 1\] in the files, not int8 \[64, 128\]"),
+            ({"up.weight_scale": np.zeros((128, 1), np.float32)}, "'up.weight_scale' is not above 0"),
+            ({"up.weight_scale": np.ones((3, 1), np.float32)}, r"'up.weight_scale' has shape \[3, 1\], not 128"),
+            ({"up.weight_offset": np.ones((128, 1), np.float32)}, "'up' has asymmetric weights"),
+            ({"up.input_scale": np.full(1, np.nan, np.float32)}, "'up.input_scale' has shape"),
+            ({"up.input_offset": np.full(1, 300, np.float32)}, "'up' has input_scale .* and input_offset 300"),
+        ],
+    )  # fmt: skip
+    def test_damaged_tensors(self, change: dict[str, Any], says: str, tmp_path: Path) -> None:
+        _, tensors, _ = saved(tmp_path)
+        path = tmp_path / "quant_model_weight_w8a8.safetensors"
+        path.unlink()
+        save_file({**tensors, **change}, path)
+        with pytest.raises(GraphError, match=says) as caught:
+            rebuild(open_model(model()), tmp_path / "quant_model_description_w8a8.json", TARGETS["cpu"])
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("kind", "says"),
+        [("W4A4", "'up' has the kind W4A4; a graph can be made of W8A8, "),
+         (3, "'up.weight' the kind 3, which is no text")],
+    )  # fmt: skip
+    def test_damaged_descriptions(self, kind: object, says: str, tmp_path: Path) -> None:
+        _, _, document = saved(tmp_path)
+        path = tmp_path / "quant_model_description_w8a8.json"
+        path.write_text(json.dumps({**document, "up.weight": kind}))
+        with pytest.raises(GraphError, match=says):
+            rebuild(open_model(model()), path, TARGETS["cpu"])
+
+
+class TestSeveralSaves:
+    def test_each_description_has_its_own_tensors(self, tmp_path: Path) -> None:
+        _, _, document = saved(tmp_path, SMOOTHED)
+        own = load_file(tmp_path / "quant_model_weight_w8a8.safetensors")
+        done(json.dumps(DYNAMIC)).save(tmp_path / "m.onnx", weights=WeightFiles())
+        other = load_file(tmp_path / "quant_model_weight_w8a8_dynamic.safetensors")
+        assert not np.array_equal(own["g"], other["g"])  # smoothing is in the norm
+        tensors, kinds = read_weight_files(tmp_path / "quant_model_description_w8a8.json")
+        assert kinds == {name: kind for name, kind in document.items() if name in own}
+        np.testing.assert_array_equal(tensors["g"], own["g"])
+
+    def test_names_that_do_not_tell(self, tmp_path: Path) -> None:
+        for recipe, name in ((STATIC, "a"), (DYNAMIC, "b")):
+            files = WeightFiles(safetensors_name=f"{name}.safetensors", json_name=f"{name}.json")
+            done(json.dumps(recipe)).save(tmp_path / "m.onnx", weights=files)
+        with pytest.raises(
+            GraphError, match=r"is in 'a\.safetensors' and in 'b\.safetensors'; keep one save"
+        ):
             read_weight_files(tmp_path / "b.json")

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from calib.types import Array
-from onnxslim_ptq.core.pack import pack_int4, unpack_int4
+from onnxslim_ptq.core.pack import pack_int4, read_packed, tell_packed, unpack_int4
+from onnxslim_ptq.errors import GraphError
 from onnxslim_ptq.export.interchange import write_tensors
+from onnxslim_ptq.export.read_weights import read_tensors
 from onnxslim_ptq.frontends.golden_stick.network import Network
-from onnxslim_ptq.frontends.golden_stick.parameters import golden_stick_parameters
+from onnxslim_ptq.frontends.golden_stick.parameters import golden_stick_parameters, packed_parameters
 
 __all__ = ["export_checkpoint", "load_checkpoint", "save_checkpoint"]
-
-_PACKED = "packed_int4"
 
 
 def save_checkpoint(network: Network, path: str | Path) -> Path:
@@ -36,7 +34,7 @@ def save_checkpoint(network: Network, path: str | Path) -> Path:
             arrays[name] = pack_int4(values) if even else values.astype(np.int8)
         else:
             arrays[name] = values
-    (out,) = write_tensors(Path(path), arrays, metadata={_PACKED: json.dumps(packed, sort_keys=True)})
+    (out,) = write_tensors(Path(path), arrays, metadata=tell_packed(packed))
     return out
 
 
@@ -48,17 +46,18 @@ def export_checkpoint(network: Network, path: str | Path) -> Path:
     """
     if network.result is None:
         raise ValueError("only the network of a QUANTIZE run knows its scales; apply PTQ in that mode")
-    (out,) = write_tensors(Path(path), golden_stick_parameters(network.result))
+    parameters = golden_stick_parameters(network.result)
+    packed = packed_parameters(network.result, parameters)
+    (out,) = write_tensors(Path(path), parameters, metadata=tell_packed(packed) if packed else None)
     return out
 
 
 def load_checkpoint(path: str | Path, network: Network) -> None:
     """Fill the converted network from a file that `save_checkpoint` wrote; ValueError when it does not fit."""
     try:
-        with safe_open(str(path), "numpy") as file:
-            packed = json.loads((file.metadata() or {}).get(_PACKED, "{}"))
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        arrays, metadata = read_tensors(Path(path))
+        packed = read_packed(metadata)
+    except (GraphError, ValueError) as error:
         raise ValueError(f"'{path}' is no checkpoint of a network: {error}") from None
     known = network.parameters_dict()
     for name, kind in packed.items():

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from calib.types import Array
 from onnxslim_ptq.api import Result
 from onnxslim_ptq.core.spec import PerChannel, PerGroup, Use, WeightCodes
 from onnxslim_ptq.errors import GraphError
-from onnxslim_ptq.export.golden_stick import from_ascend_v1, from_int4
+from onnxslim_ptq.export.golden_stick import WEIGHT, from_ascend_v1, from_int4
 from onnxslim_ptq.export.packed_int4 import Int4Layer
-from onnxslim_ptq.export.tensors import layer_tensors
+from onnxslim_ptq.export.tensors import bias_of, layer_tensors
 from onnxslim_ptq.graph.linears import Linear, find_linears
 from onnxslim_ptq.graph.names import module_names
 
-__all__ = ["golden_stick_parameters"]
+__all__ = ["golden_stick_parameters", "packed_parameters"]
 
 _INT4 = 4
 _SMOOTHED = ".scaled.by"  # the constant of the Mul before a smoothed layer
@@ -44,6 +46,12 @@ def golden_stick_parameters(result: Result) -> dict[str, Array]:
     return _with_smoothing(result, modules, made)
 
 
+def packed_parameters(result: Result, names: Iterable[str]) -> dict[str, str]:
+    """Which of the parameters hold 4-bit codes, two to a byte: all weights or none."""
+    small = any(_bits(codes) == _INT4 for codes in result.plan.weight_codes.values())
+    return {name: "int4" for name in names if small and name.endswith(WEIGHT)}
+
+
 def _bits(codes: WeightCodes) -> int:
     return codes.params.spec.dtype.bits
 
@@ -52,7 +60,8 @@ def _int4(
     result: Result, layers: list[Linear], modules: dict[str, str], codes: dict[str, WeightCodes]
 ) -> dict[str, Array]:
     packed: dict[str, Int4Layer] = {}
-    taken = set()
+    biases: dict[str, Array] = {}
+    taken: set[str] = set()
     for layer in layers:
         stored, name = codes[layer.node], modules[layer.node]
         grain = stored.params.spec.grain
@@ -66,13 +75,16 @@ def _int4(
         scale, zero = (np.atleast_2d(v) for v in (stored.params.scale, stored.params.zero_point))
         packed[name] = Int4Layer(stored.codes.astype(np.int8), scale.astype(np.float32), zero.astype(np.int8))
         taken.add(layer.weight_name)
+        if (bias := bias_of(result.graph, layer)) is not None:
+            biases[f"{name}.bias"] = bias.values
+            taken.add(result.graph.node(bias.node).inputs[bias.port].name)
     others = {
         t.name: v
         for node in result.graph.nodes
         for t in node.inputs
         if (v := result.graph.value(t)) is not None and v.ndim and v.dtype.kind == "f" and t.name not in taken
     }
-    return from_int4(packed, others)
+    return from_int4(packed, {**others, **biases})
 
 
 def _with_smoothing(result: Result, modules: dict[str, str], made: dict[str, Array]) -> dict[str, Array]:
