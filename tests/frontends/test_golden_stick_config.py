@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -173,6 +174,12 @@ def test_warnings() -> None:
         PTQConfig(algo_args=GPTQQuantConfig())
 
 
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_copies_mean_the_same(copied: Callable[[PTQConfig], PTQConfig]) -> None:
+    config = copied(PTQConfig(act_quant_dtype=int8, kvcache_quant_dtype=int8))
+    assert config.weight_quant_dtype is config.act_quant_dtype is config.kvcache_quant_dtype is int8
+
+
 def test_arguments_become_a_dict() -> None:
     assert PTQConfig(algo_args=SmoothQuantConfig(0.8)).algo_args == {"alpha": 0.8}
     assert PTQConfig(algo_args=Own()).algo_args == {"alpha": 0.8}
@@ -244,6 +251,8 @@ class TestFiles:
             ("[1, 2]", ValueError, "expected a mapping"),
             ("mod: DEPLOY", TypeError, "unexpected keyword"),
             ("a: {b: [", ValueError, "not YAML"),
+            ("mode: [DEPLOY]", ValueError, "is unknown; use one of"),
+            ("act_quant_dtype: [int8]", ValueError, "is unknown; use one of int8, int4 or null"),
         ],
     )
     def test_bad_files(self, text: str, kind: type[Exception], words: str, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from calib.types import Array, Range
 from onnxslim_ptq.core.dtypes import INT4, INT8
@@ -217,6 +217,10 @@ np.save("y.npy", session.run(None, {"x": np.load("x.npy")})[0])
         (tmp_path / "bad").write_bytes(b"no checkpoint")
         with pytest.raises(ValueError, match="is no checkpoint"):
             load_checkpoint(tmp_path / "bad", net)
+        for told in ('["w0"]', '{"w0": "object"}', "[" * 100_000):
+            save_file(load_file(path), tmp_path / "told", metadata={"packed_int4": told})
+            with pytest.raises(ValueError, match="is no table of int4 and uint4"):
+                load_checkpoint(tmp_path / "told", net)
 
     def test_placeholders_are_zeros_and_ones(self, tmp_path: Path) -> None:
         deploy = PTQ(PTQConfig(mode=PTQMode.DEPLOY, backend=NONE, **A8))
@@ -344,6 +348,21 @@ class TestArguments:
         assert "AscendQuant" not in {n.op_type for n in net.model.graph.node}
         _, net = quantized(network(), samples(), **A8, backend=ASCEND)
         assert "AscendQuant" in {n.op_type for n in net.model.graph.node}
+
+    def test_what_has_no_effect_is_told(self) -> None:
+        with pytest.warns(UserWarning, match="algo_args: nothing reads alpa"):
+            PTQ(PTQConfig(**A8, outliers_suppression=SMOOTH, algo_args={"alpa": 0.9}))
+        with pytest.warns(
+            UserWarning, match="kvcache_quant_dtype has no effect; give it to the network's config"
+        ):
+            PTQ(
+                PTQConfig(backend=NONE), OrderedDict({"a": PTQConfig(backend=NONE, kvcache_quant_dtype=int8)})
+            )
+        with pytest.warns(UserWarning, match="this network has no KV cache"):
+            quantized(network(), samples(), kvcache_quant_dtype=int8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            PTQ(PTQConfig(**W4, outliers_suppression=AWQ, algo_args=AWQConfig()))
 
     @pytest.mark.parametrize(
         ("arguments", "text"),
@@ -564,6 +583,8 @@ class TestExport:
         scale = np.atleast_2d(scale)
         rows = scale.repeat(WIDTH // len(scale), axis=0)
         assert (np.abs(codes * rows - weight) <= rows * 0.5001).all()
+        np.testing.assert_array_equal(found["layers.0.down._layer.bias"], _bias())
+        assert "b1" not in found
 
     def test_only_after_quantize(self, tmp_path: Path) -> None:
         deploy = PTQ(PTQConfig(mode=PTQMode.DEPLOY, backend=NONE))

@@ -72,7 +72,7 @@ class PTQConfig:
             raise ValueError(f"{path}: larger than 1 MiB, which is no PTQConfig")
         try:
             data = yaml.safe_load(Path(path).read_text("utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
         if not isinstance(data, dict):
             raise ValueError(f"{path}: expected a mapping of PTQConfig's fields")
@@ -99,13 +99,13 @@ def _plain(value: Any) -> Any:
 
 def _read(name: str, value: Any) -> Any:
     if name in _ENUMS:
-        if value not in _ENUMS[name].__members__:
+        if not isinstance(value, str) or value not in _ENUMS[name].__members__:
             raise ValueError(
                 f"{name}: {value!r} is unknown; use one of {', '.join(_ENUMS[name].__members__)}"
             )
         return _ENUMS[name][value]
     if str(name).endswith("_dtype") and value is not None:
-        if value not in _DTYPES:
+        if not isinstance(value, str) or value not in _DTYPES:
             raise ValueError(f"{name}: {value!r} is unknown; use one of {', '.join(_DTYPES)} or null")
         return _DTYPES[value]
     return value

@@ -30,6 +30,10 @@ class DType:
     def __str__(self) -> str:
         return self.name
 
+    def __reduce__(self) -> str:
+        """Copies of a config hold these very objects, as configs are compared with them."""
+        return self.name
+
 
 int8 = DType("int8", 8)
 int4 = DType("int4", 4)  # MindSpore's qint4x2

@@ -30,7 +30,7 @@ from onnxslim_ptq.frontends.golden_stick.dtypes import (
 )
 from onnxslim_ptq.frontends.golden_stick.layers import Cell, Policies, assign, caches_of, cells_of
 from onnxslim_ptq.frontends.golden_stick.network import Network
-from onnxslim_ptq.frontends.golden_stick.translate import recipe_of, tag_of
+from onnxslim_ptq.frontends.golden_stick.translate import recipe_of, tag_of, unread_arguments
 from onnxslim_ptq.recipe import Recipe
 
 __all__ = ["PTQ", "Given", "Helper", "opened"]
@@ -87,7 +87,10 @@ class PTQ:
         """Without ``feeds`` nothing is run; unless ``deploy``, weights are rounded all the same."""
         cells = cells_of(source)
         layers = [(c, one) for c, one in assign(cells, self._config, self._policies) if _quantizes(one)]
-        caches = caches_of(source) if self._config.kvcache_quant_dtype is int8 else []
+        asked = self._config.kvcache_quant_dtype is int8
+        caches = caches_of(source) if asked else []
+        if asked and not caches:
+            warnings.warn("this network has no KV cache: kvcache_quant_dtype has no effect", stacklevel=3)
         blacklist = self._config.opname_blacklist
         caches = [pair for pair in caches if not Cell(pair.present, pair.past).hit(blacklist)]
         if not layers and not caches:
@@ -172,7 +175,7 @@ def _quantizes(config: PTQConfig) -> bool:
 
 
 def _check(config: PTQConfig) -> None:
-    """ValueError for what is legal in a PTQConfig and yet cannot be done."""
+    """ValueError for what is legal in a PTQConfig and yet cannot be done, a warning for what does nothing."""
     weight, act = config.weight_quant_dtype, config.act_quant_dtype
     if act is int8 and weight is None:
         raise ValueError("PTQ: act_quant_dtype=int8 needs weight_quant_dtype=int8 or int4")
@@ -185,6 +188,8 @@ def _check(config: PTQConfig) -> None:
         raise ValueError("PTQ: OUTLIER_SUPPRESSION_LITE goes with W8A8 and a float KV cache only")
     if weight is int4 and config.kvcache_quant_dtype is int8:
         raise ValueError("PTQ: int4 weights do not go with an int8 KV cache")
+    if unread := unread_arguments(config):
+        warnings.warn(f"algo_args: nothing reads {', '.join(unread)}", stacklevel=4)
 
 
 def _policies(config: PTQConfig, given: object) -> Policies:
@@ -209,6 +214,11 @@ def _policies(config: PTQConfig, given: object) -> Policies:
             raise TypeError(f"PTQ: layer policy {pattern!r} must be a PTQConfig or None, got {policy!r}")
         _check(policy)
         checked[pattern] = policy
+        if policy.kvcache_quant_dtype is not None and config.kvcache_quant_dtype is None:
+            warnings.warn(
+                f"layer policy {pattern!r}: kvcache_quant_dtype has no effect; give it to the network's config",
+                stacklevel=3,
+            )
         for name in ("mode", "backend"):
             if getattr(policy, name) is not getattr(config, name):
                 wanted = getattr(config, name)

@@ -20,7 +20,7 @@ from onnxslim_ptq.frontends.golden_stick.dtypes import (
 )
 from onnxslim_ptq.frontends.golden_stick.layers import Cell
 
-__all__ = ["has_ascend_form", "recipe_of", "tag_of"]
+__all__ = ["has_ascend_form", "recipe_of", "tag_of", "unread_arguments"]
 
 Step = dict[str, Any]
 _UNFUSED = ["unfused"]
@@ -169,6 +169,21 @@ def _suppression(config: PTQConfig, deploy: bool) -> Step | None:
     return {
         "type": "awq", "groups": _UNFUSED, "loss": "block", "duo": given["duo_scaling"], "exponents": alphas
     }  # fmt: skip
+
+
+def unread_arguments(config: PTQConfig) -> list[str]:
+    """The keys of ``algo_args`` that nothing in ``config`` reads."""
+    kind = config.outliers_suppression
+    known: set[str] = set()
+    if kind is OutliersSuppressionType.SMOOTH:
+        known |= {"alpha"}
+    if kind is OutliersSuppressionType.AWQ:
+        known |= vars(AWQConfig()).keys()
+    if kind is OutliersSuppressionType.OUTLIER_SUPPRESSION_LITE:
+        known |= {"weight_clip_ratio"}
+    if config.precision_recovery is PrecisionRecovery.GPTQ:
+        known |= vars(GPTQQuantConfig()).keys()
+    return [str(key) for key in config.algo_args if key not in known]
 
 
 def _arguments(config: PTQConfig, default: GPTQQuantConfig | AWQConfig) -> dict[str, Any]:
