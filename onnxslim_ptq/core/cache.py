@@ -12,6 +12,8 @@ from onnxslim_ptq.core.dtypes import INT8, IntType
 
 __all__ = ["CacheChange", "CachePair"]
 
+_KINDS = re.compile(r"(?<![a-z])(?:keys?|values?|[kv])(?![a-z])")
+
 
 @dataclass(frozen=True)
 class CachePair:
@@ -42,8 +44,9 @@ class CachePair:
 
     @property
     def is_key(self) -> bool:
-        """By the end of the name."""
-        return re.split(r"[._]", self.past)[-1].lower() in ("key", "keys", "k")
+        """By the last word of the name that says so: ``past_key_values.0.value`` holds values, ``past_key_0`` keys."""
+        said = _KINDS.findall(self.past.lower())
+        return bool(said) and said[-1].startswith("k")
 
 
 @dataclass(frozen=True)

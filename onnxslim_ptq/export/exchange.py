@@ -24,6 +24,8 @@ from onnxslim_ptq.export.cache import METADATA
 
 __all__ = ["Exchange", "IntegerCache"]
 
+_INTEGERS, _FLOATS = ("int8",), ("float32", "float16")
+
 
 @dataclass(frozen=True)
 class IntegerCache:
@@ -72,9 +74,9 @@ class Exchange:
             return cls(timestep=timestep)
         try:
             stored = {t.name: t for t in model.proto.graph.initializer}
-            caches = {name: _cache(entry, stored, model) for name, entry in json.loads(text).items()}
+            caches = {name: _cache(name, entry, stored, model) for name, entry in json.loads(text).items()}
             return cls(caches, timestep)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise GraphError(
                 f"{model.name}: metadata '{METADATA}' cannot be read ({error!r}); write the model again"
             ) from None
@@ -128,8 +130,21 @@ class Exchange:
         return [*outputs, *rows]
 
 
-def _cache(entry: Mapping[str, Any], stored: Mapping[str, onnx.TensorProto], model: Model) -> IntegerCache:
-    scale = entry["scale"]
-    values = None if scale is None else np.asarray(to_array(stored[scale], model.weights), np.float32)
+def _cache(
+    name: str, entry: Mapping[str, Any], stored: Mapping[str, onnx.TensorProto], model: Model
+) -> IntegerCache:
+    """ValueError, LookupError or TypeError for what `declare_cache` does not write."""
     row = tuple(int(axis) for axis in entry["row"])
-    return IntegerCache(np.dtype(entry["dtype"]), np.dtype(entry["float"]), values, entry["token_scale"], row)
+    token_scale = entry["token_scale"]
+    values = {v.name: v for v in (*model.proto.graph.input, *model.proto.graph.output)}
+    if name in values:  # a part of a model may lack it
+        axes = len(values[name].type.tensor_type.shape.dim)
+        if any(not 0 <= axis < axes for axis in row) or (
+            token_scale is not None and token_scale not in values
+        ):
+            raise ValueError(f"'{name}' has no such axes or scales")
+    if entry["dtype"] not in _INTEGERS or entry["float"] not in _FLOATS:
+        raise ValueError(f"'{name}' is of {entry['dtype']} for {entry['float']}")
+    scale = entry["scale"]
+    constant = None if scale is None else np.asarray(to_array(stored[scale], model.weights), np.float32)
+    return IntegerCache(np.dtype(entry["dtype"]), np.dtype(entry["float"]), constant, token_scale, row)

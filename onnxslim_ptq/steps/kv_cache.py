@@ -87,7 +87,16 @@ def chosen(graph: Graph, steps: Sequence[KvCacheStep], target: Target) -> Chosen
         for pair, layer in zip(pairs, layers, strict=True):
             if any(p.matches(layer) for p in include) and not any(p.matches(layer) for p in exclude):
                 found[pair.past] = (pair, step)
+        _require_keys(step, [pair for pair, one in found.values() if one is step])
     return [found[pair.past] for pair in pairs if pair.past in found]
+
+
+def _require_keys(step: KvCacheStep, pairs: Sequence[CachePair]) -> None:
+    if step.smooth_factor and pairs and not any(pair.is_key for pair in pairs):
+        raise RecipeError(
+            f"kv_cache: smooth_factor is about keys, and by its name no cache holds keys alone ('{pairs[0].past}'); "
+            "leave it out"
+        )
 
 
 def _parsed(texts: Sequence[str], layers: Sequence[Layer]) -> list[Pattern]:

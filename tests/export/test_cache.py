@@ -321,6 +321,25 @@ class TestWritten:
         with pytest.raises(GraphError, match="cannot be read"):
             Exchange.of(model)
 
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"dtype": "object"},
+            {"float": "int64"},
+            {"row": [9]},
+            {"token_scale": "nowhere"},
+            {"scale": "nowhere"},
+            {"row": None},
+        ],
+    )
+    def test_damaged_metadata(self, change: dict[str, Any]) -> None:
+        model = cached(appending(), "token").quantized
+        told = json.loads(model.proto.metadata_props[0].value)
+        told["past_key_values.0.key"] |= change
+        model.proto.metadata_props[0].value = json.dumps(told)
+        with pytest.raises(GraphError, match="cannot be read"):
+            Exchange.of(model)
+
 
 class TestRefused:
     def test_a_model_without_a_cache(self) -> None:
@@ -354,3 +373,25 @@ class TestRefused:
     def test_bad_steps(self, step: dict[str, Any], text: str) -> None:
         with pytest.raises(RecipeError, match=text):
             Recipe.load({"steps": [{"type": "kv_cache", **step}]})
+
+    def test_smoothing_where_no_cache_holds_keys_alone(self) -> None:
+        with pytest.raises(RecipeError, match=r"smooth_factor is about keys, .* \('past\.0'\); leave it out"):
+            cached(stacked(), "token", smooth_factor=1.0)
+
+
+@pytest.mark.parametrize(
+    ("past", "is_key"),
+    [
+        ("past_key_values.3.key", True),
+        ("past_key_values.3.value", False),
+        ("past_key_values.0.decoder.key", True),
+        ("past_key_0", True),
+        ("past_value_0", False),
+        ("past.1.k", True),
+        ("past_v.1", False),
+        ("past_key_values.0", False),
+        ("monkey.0", False),
+    ],
+)
+def test_keys_are_known_by_name(past: str, is_key: bool) -> None:
+    assert CachePair(past, "present", 4, 0, 2).is_key is is_key
