@@ -185,9 +185,8 @@ def quantize(
     source = open_model(model)
     given: dict[str, Any] = {"samples": samples, "stacked": stacked, "threads": threads}
     if stats is None:
-        data = open_samples(
-            source, asked.recipe.data, calib_data, eval_data, shapes=shapes, ranges=ranges, seed=seed, **given
-        )
+        drawn: dict[str, Any] = {"shapes": shapes, "ranges": ranges, "seed": seed, "tag": asked.recipe.tag}
+        data = open_samples(source, asked.recipe.data, calib_data, eval_data, **drawn, **given)
     else:
         statistics = stats if isinstance(stats, Statistics) else Statistics.load(Path(stats))
         device = _recorded_device(statistics, device, workers, ray, resume)

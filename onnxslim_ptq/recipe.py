@@ -20,6 +20,7 @@ from pydantic_core import ErrorDetails
 from onnxslim_ptq import recipes
 from onnxslim_ptq.core.config import Config, Patterns, problem
 from onnxslim_ptq.core.match import Pattern
+from onnxslim_ptq.core.spec import TIMESTEP
 from onnxslim_ptq.core.targets import TARGETS
 from onnxslim_ptq.errors import RecipeError
 from onnxslim_ptq.graph.optimize import ALL as ALL_PASSES
@@ -184,6 +185,12 @@ class Recipe(Config):
         steps = [s for s in self.steps if isinstance(s, QuantizeStep)]
         static = any(s.act is not None and s.act.needs_range for s in steps)
         return static or bool(self.attentions) or any(step.needs_data for step in self.caches)
+
+    @property
+    def tag(self) -> str | None:
+        """The tag of samples that a range is taken for each value of, so that each has to calibrate."""
+        acts = [s.act for s in self.steps if isinstance(s, QuantizeStep)]
+        return TIMESTEP if any(act is not None and act.when == "timestep" for act in acts) else None
 
     def dump(self) -> dict[str, Any]:
         """Plain data that `load` turns into the same recipe: only the keys that were given, for they override."""

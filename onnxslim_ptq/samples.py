@@ -64,9 +64,10 @@ def open_samples(
     seed: int = 0,
     threads: int = 0,
     hold_out: bool = True,
+    tag: str | None = None,
 ) -> Samples:
     """Open paths or feeds; without ``calib`` the sets of ``data``, without those synthetic samples. ``hold_out``: some
-    calibration samples measure when there are no others.
+    calibration samples measure when there are no others, none that alone has its value of ``tag``.
 
     Raises CalibrationError as the readers do, or when options describe samples that are not drawn.
     """
@@ -91,7 +92,7 @@ def open_samples(
         return Samples(everything, everything, "synthetic", opener.notes, synthetic=True)
     if not hold_out:
         return Samples(everything, everything, "calibration", opener.notes)
-    return Samples(*split_held_out(everything), opener.notes)
+    return Samples(*split_held_out(everything, tag), opener.notes)
 
 
 def measured_samples(

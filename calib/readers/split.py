@@ -67,11 +67,13 @@ def spread(data: Dataset, count: int) -> Dataset:
     return _Subset(data, pool.tolist())
 
 
-def split_held_out(data: Dataset) -> tuple[Dataset, Dataset, MeasuredOn]:
+def split_held_out(data: Dataset, tag: str | None = None) -> tuple[Dataset, Dataset, MeasuredOn]:
     """Split into (calibration samples, evaluation samples, what a measurement on the latter may claim).
 
     Every 8th sample is held out (positions 7, 15, ...); above 128 samples the 16 held out are spread evenly:
     position floor((k + 1) * n / 16) - 1. With fewer than 8 samples both parts are all of ``data``.
+
+    ``tag``: no sample is held out whose value of that tag no other sample keeps (reads the data once).
     """
     count = len(data)
     if count < _EVERY:
@@ -80,6 +82,18 @@ def split_held_out(data: Dataset) -> tuple[Dataset, Dataset, MeasuredOn]:
         held = [(k + 1) * count // _MOST_HELD_OUT - 1 for k in range(_MOST_HELD_OUT)]
     else:
         held = list(range(_EVERY - 1, count, _EVERY))
+    if tag is not None:
+        held = _replaceable(data, held, tag)
+        if not held:
+            return data, data, "calibration"
     chosen = set(held)
     kept = [position for position in range(count) if position not in chosen]
     return _Subset(data, kept), _Subset(data, held), "held-out"
+
+
+def _replaceable(data: Dataset, held: Sequence[int], tag: str) -> list[int]:
+    """Those of the positions ``held`` whose tag a sample outside them has."""
+    tags = [sample.tags.get(tag) for sample, _ in data]
+    chosen = set(held)
+    left = {value for position, value in enumerate(tags) if position not in chosen}
+    return [position for position in held if tags[position] in left]

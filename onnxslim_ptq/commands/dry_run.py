@@ -88,7 +88,7 @@ def _plan(model: Path, settings: Mapping[str, Any]) -> _Plan:
     if settings["stats"] is not None:
         data = recorded_samples(source, settings["stats"], section, calib, measured, **same)
     else:
-        data = open_samples(source, section, calib, measured, **same, **drawn)
+        data = open_samples(source, section, calib, measured, tag=recipe.tag, **same, **drawn)
     job = Job(
         source,
         recipe,

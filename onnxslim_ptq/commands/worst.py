@@ -52,7 +52,8 @@ def look_closer(
         if settings["stats"] is not None:
             found = recorded_samples(result.source, settings["stats"], section, calib, measured, **same)
         else:
-            found = open_samples(result.source, section, calib, measured, **same, **drawn)
+            tag = result.recipe.tag
+            found = open_samples(result.source, section, calib, measured, tag=tag, **same, **drawn)
         samples = list(take(found.evaluation, count))
         compared = compare_models(
             result.source, result.quantized, samples, threads=settings["threads"], latency=latency

@@ -71,6 +71,19 @@ def test_split_is_a_partition(count: int) -> None:
         assert held[-1] == count - 1
 
 
+def test_a_sample_that_alone_has_its_tag_calibrates() -> None:
+    """16 samples of 5 and of 16 steps: with every step on its own nothing is held out."""
+
+    def tagged(steps: int) -> list[Sample]:
+        return [(SampleId(i, tags={"t": i % steps}), {"x": np.zeros(1, np.float32)}) for i in range(16)]
+
+    few, many = (from_iterable(tagged(steps), [X]) for steps in (5, 16))
+    calibration, evaluation, measured_on = split_held_out(few, "t")
+    assert (indices(evaluation), measured_on) == ([7, 15], "held-out")
+    assert {ident.tags["t"] for ident, _ in calibration} == {0, 1, 2, 3, 4}
+    assert split_held_out(many, "t") == (many, many, "calibration")
+
+
 def test_take() -> None:
     for data in sources(20):
         assert indices(take(data, 3)) == [0, 1, 2]

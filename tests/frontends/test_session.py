@@ -194,6 +194,17 @@ class TestProcessors:
         assert np.array_equal(seen[2], seen[3])
         assert not np.array_equal(seen[1], seen[2])
 
+    def test_every_step_calibrates(self, tmp_path: Path) -> None:
+        """One sample a step: none can be held out, the files have a row for each, and any step may be the threshold."""
+        data = [{"timestep_idx": i, "args": sample} for i, sample in enumerate(samples(8))]
+        scheme = W8A8TimeStepProcessorConfig(cfg=W8A8TimeStepQuantConfig(), disable_names=[], timestep_sep=7)
+        save = SaveProcessorConfig(output_path=str(tmp_path))
+        config = SessionConfig(processor_cfg_map={"w8a8_timestep": scheme, "save": save}, calib_data=data)
+        result = quant_model(model(), config)
+        assert result.metrics["measured_on"] == "calibration"
+        tensors = load_file(tmp_path / "quant_model_weight_w8a8_timestep.safetensors")
+        assert tensors["b.0.to_q.input_scale"].shape == (8, 1)
+
     @pytest.mark.parametrize("step", [-1, 2.5, "3", True, None])
     def test_a_step_is_a_whole_number(self, step: Any) -> None:
         with pytest.raises(ValueError, match="timestep_idx: expected a whole number of at least 0"):
