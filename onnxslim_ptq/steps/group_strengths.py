@@ -23,8 +23,8 @@ __all__ = ["LOCAL", "NONE", "GroupStrengths", "mean_of", "strength_probes", "str
 
 Floats = NDArray[np.float64]
 NONE, LOCAL = "none", "local"
-_ROWS, _OUTPUTS = 128, 1024  # of a group that find its own best strength
-_LOCAL = tuple(i / 20 for i in range(6, 21))
+_ROWS, _OUTPUTS = 64, 1024  # of a group that find its own best strength
+_LOCAL = tuple(i / 10 for i in range(2, 10))
 
 
 @dataclass
