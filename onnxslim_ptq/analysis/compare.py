@@ -92,17 +92,19 @@ def compare_models(
 ) -> Comparison:
     """Run both models on every sample; GraphError when they do not have the same inputs and outputs.
 
-    A model for Ascend is compared in standard operators: ONNX Runtime does not know AscendQuant.
+    A model for Ascend is compared in standard operators, since ONNX Runtime does not know AscendQuant, and not timed.
     """
     _check_pair(exact, quantized)
-    if is_ascend(quantized):
+    foreign = is_ascend(quantized)
+    if foreign:
         quantized = lower_ascend(quantized)
     outputs, layers, count = _Run(exact, quantized, threads).measure(data, listener)
     weights = _integer_weights(quantized)
     notes = [f for e in outputs for f in e.faults[:1]]
     if not layers:
         notes.append("no layer has the same name in both models: errors of layers are not known")
-    speed = measure_latency(exact, quantized, next(iter(data))[1], threads) if latency else None
+    timed = latency and not foreign  # what a lowered graph takes here says nothing of the device
+    speed = measure_latency(exact, quantized, next(iter(data))[1], threads) if timed else None
     graph = optimized_graph(quantized)
     unfused = sorted(weights & dequantized_weights(graph))
     return Comparison(outputs, layers, count, speed, len(weights), unfused, float_islands(graph), notes)

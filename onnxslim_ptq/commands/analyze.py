@@ -22,6 +22,7 @@ from onnxslim_ptq.commands.options import (
     Threads,
     Tokenizer,
 )
+from onnxslim_ptq.commands.preflight import require_samples
 
 if TYPE_CHECKING:
     from onnxslim_ptq.sensitivity import Analysis
@@ -71,6 +72,7 @@ def analyze(
     from onnxslim_ptq.commands.samples import with_data
     from onnxslim_ptq.sensitivity import analyze as run
 
+    require_samples(stacked, calib)
     with Bars(json) as bars:
         found = run(
             model,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from onnxslim_ptq.errors import QuantizationError
 
-__all__ = ["require_page", "require_place"]
+__all__ = ["require_page", "require_place", "require_samples"]
 
 _PAGE = (".html", ".htm")
 
@@ -31,3 +31,9 @@ def require_page(path: Path) -> None:
     folder = next((p for p in path.absolute().parents if p.exists()), Path("/"))
     if path.is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise QuantizationError(f"--report '{path}' cannot be written; choose a file in a folder of yours")
+
+
+def require_samples(stacked: bool, *files: object) -> None:
+    """QuantizationError where --stacked would be ignored in silence, as no file is given that it describes."""
+    if stacked and not any(files):
+        raise QuantizationError("--stacked describes the files of --calib or --eval; give one of them")

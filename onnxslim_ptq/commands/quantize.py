@@ -34,7 +34,7 @@ from onnxslim_ptq.commands.options import (
     Verbose,
     Workers,
 )
-from onnxslim_ptq.commands.preflight import require_page, require_place
+from onnxslim_ptq.commands.preflight import require_page, require_place, require_samples
 from onnxslim_ptq.commands.session import asked_files, with_session
 from onnxslim_ptq.errors import DeviceError, QuantizationError
 
@@ -221,8 +221,7 @@ def _check_combinations(given: Mapping[str, Any]) -> None:
         raise QuantizationError("--report shows a result, and --dry-run makes none; leave one out")
     if given["report"]:
         require_page(given["report"])
-    if given["stacked"] and not (given["calib"] or given["evaluation"]):
-        raise QuantizationError("--stacked describes the files of --calib or --eval; give one of them")
+    require_samples(given["stacked"], given["calib"], given["evaluation"])
 
 
 def _run(

@@ -26,7 +26,7 @@ from onnxslim_ptq.commands.options import (
     Threads,
     Tokenizer,
 )
-from onnxslim_ptq.commands.preflight import require_place
+from onnxslim_ptq.commands.preflight import require_place, require_samples
 from onnxslim_ptq.errors import QuantizationError
 
 if TYPE_CHECKING:
@@ -113,6 +113,7 @@ def tune(
     from onnxslim_ptq.commands.samples import with_data
     from onnxslim_ptq.tuning import tune as run
 
+    require_samples(stacked, calib, evaluation)
     wanted = Goal.parse(goal)
     loaded = with_data(recipe, preprocess, tokenizer)
     own = load_evaluator(evaluator) if evaluator else None

@@ -22,6 +22,7 @@ from onnxslim_ptq.analysis.trials import History, Trial, key_of, pareto
 from onnxslim_ptq.api import Result, quantize
 from onnxslim_ptq.asked import checked
 from onnxslim_ptq.errors import GraphError, QuantizationError, RecipeError, VerificationError
+from onnxslim_ptq.export.renderers import RENDERERS
 from onnxslim_ptq.pipeline import Job
 from onnxslim_ptq.recipe import Recipe
 from onnxslim_ptq.recipes.data import without_folders
@@ -220,9 +221,11 @@ class _Tuner:
         integer = {use.node for use in result.plan.weights}
         floats = [node for node in self.macs if node not in integer]
         feed = next(iter(self.job.evaluation))[1]
-        speed = measure_latency(result.source, result.quantized, feed, self.job.threads)
+        latency = None  # of a form that this machine cannot run
+        if RENDERERS[self.job.target.exporter].lower is None:
+            speed = measure_latency(result.source, result.quantized, feed, self.job.threads)
+            latency = speed.quantized_ms / speed.exact_ms
         total = sum(self.macs.values())
-        latency = speed.quantized_ms / speed.exact_ms
         return Trial(label, plain, measures, total, sum(self.macs[n] for n in floats), len(floats), latency)
 
     def _own(self, result: Result) -> float:

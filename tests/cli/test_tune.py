@@ -129,3 +129,21 @@ def test_a_goal_that_no_output_can_show() -> None:
     )
     with pytest.raises(RecipeError, match="no output of the model can be judged by top1_agree"):
         tune(proto, "top1_agree>=0.5", feeds_for(proto))
+
+
+def test_a_target_that_does_not_run_here(tmp_path: Path, capsys: Captured) -> None:
+    """Ascend: verified as ever, but neither tune nor compare tells a latency."""
+    out = tmp_path / "t.onnx"
+    arguments = ["--calib", CALIB, "--json"]
+    assert main(["tune", MODEL, str(out), "--goal", "sqnr>=20", "--target", "ascend", *arguments]) == 0
+    assert json.loads(capsys.readouterr().out)["best"]["latency"] is None
+    assert main(["compare", MODEL, str(out), *arguments]) == 0
+    assert json.loads(capsys.readouterr().out)["latency"] is None
+
+
+@pytest.mark.parametrize(
+    "command", [["tune", MODEL, "o.onnx", "--goal", "sqnr>=20"], ["analyze", "linear", MODEL]]
+)
+def test_stacked_without_files(command: list[str], capsys: Captured) -> None:
+    assert main([*command, "--stacked"]) == 2
+    assert "--stacked describes the files of --calib or --eval" in capsys.readouterr().err
