@@ -46,7 +46,9 @@ OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 PROGRAM = re.compile(r"^(?:python -m onnxslim_ptq|onnxslim-ptq) (?P<arguments>.*)$")
 TO_COME = "not available yet"
 WRITTEN = [
-    page for page in PAGES if page.name not in ("benchmarks.md", "benchmarks-calib.md")
+    page
+    for page in PAGES
+    if page.name not in ("benchmarks.md", "benchmarks-calib.md", "benchmarks-session.md")
 ]  # the others are generated, by another program
 
 

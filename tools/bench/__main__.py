@@ -1,4 +1,4 @@
-"""`python -m tools.bench [main | ranges | quality | outliers | blockwise | calib | sensitivity | render] …`."""
+"""`python -m tools.bench [main | ranges | quality | outliers | blockwise | calib | sensitivity | session | render]`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tools.zoo import names
 
-from . import blockwise, calib, sensitivity
+from . import blockwise, calib, sensitivity, session
 from .compare import Bench, compare, outliers, quality, recipes
 from .machine import ROOT, stamp
 from .records import Results, Table, read_results, write_results
@@ -28,6 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
         return calib.main(given[1:])
     if given[:1] == ["sensitivity"]:
         return sensitivity.main(given[1:])
+    if given[:1] == ["session"]:
+        return session.main(given[1:])
     options = _options(arguments)
     results = read_results(options.json)
     failed = False

@@ -220,21 +220,21 @@ def goals_table(verdicts: Sequence[Verdict]) -> str:
     return f"{kept} of {judged} kept.\n\n" + markdown(["model", "goal", "bound", "measured", ""], rows)
 
 
-def replace_section(text: str, name: str, body: str) -> str:
-    """`text` with the section `name` between its markers replaced, or added in the order of SECTIONS."""
+def replace_section(text: str, name: str, body: str, order: Sequence[str] = SECTIONS) -> str:
+    """`text` with the section `name` between its markers replaced, or added where ``order`` has it."""
     begin, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
     block = f"{begin}\n{body.strip()}\n{end}"
     if begin in text and end in text:
         before, _, rest = text.partition(begin)
         return before + block + rest.partition(end)[2]
-    later = [f"<!-- bench:{other} -->" for other in SECTIONS[SECTIONS.index(name) + 1 :]]
+    later = [f"<!-- bench:{other} -->" for other in order[order.index(name) + 1 :]]
     places = [text.index(marker) for marker in later if marker in text]
     place = min(places, default=len(text))
     return f"{text[:place].rstrip()}\n\n{block}\n" + (f"\n{text[place:]}" if places else "")
 
 
-def refresh(path: Path, name: str, body: str) -> None:
-    """Write one section into the file, which is made when missing."""
-    text = path.read_text("utf-8") if path.exists() else TITLE
+def refresh(path: Path, name: str, body: str, head: str = TITLE, order: Sequence[str] = SECTIONS) -> None:
+    """Write one section into the file, which is made when missing, with ``head`` at its top."""
+    text = path.read_text("utf-8") if path.exists() else head
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(replace_section(text, name, body), "utf-8")
+    path.write_text(replace_section(text, name, body, order), "utf-8")
