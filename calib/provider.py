@@ -16,6 +16,7 @@ import onnx
 from calib.devices import CPU, Device
 from calib.errors import DeviceError, GraphError
 from calib.model import open_model
+from calib.scope import subgraphs
 from calib.types import Array
 
 __all__ = [
@@ -220,9 +221,8 @@ def _names_read(graph: onnx.GraphProto) -> set[str]:
     names = {o.name for o in graph.output}
     for node in graph.node:
         names.update(node.input)
-        for attr in node.attribute:
-            for sub in (*([attr.g] if attr.HasField("g") else []), *attr.graphs):
-                names |= _names_read(sub)
+        for sub in subgraphs(node):
+            names |= _names_read(sub)
     return names
 
 

@@ -34,7 +34,7 @@ from onnxslim_ptq.export.retarget import retarget
 from onnxslim_ptq.export.triton import free_entry, triton_config, write_triton
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.linears import find_linears
-from onnxslim_ptq.graph.opset import raise_opset
+from onnxslim_ptq.graph.opset import PER_CHANNEL_OPSET, raise_opset
 from onnxslim_ptq.graph.optimize import optimize
 
 __all__ = ["Exported", "export"]
@@ -183,7 +183,7 @@ class _FloatWeights:
 
     def __init__(self, model: Model) -> None:
         self._name = model.name
-        self._graph = Graph(raise_opset(model, 13))
+        self._graph = Graph(raise_opset(model, PER_CHANNEL_OPSET))
         optimize(self._graph)
         self._layers = {layer.node: layer for layer in find_linears(self._graph)[0]}
 

@@ -13,13 +13,13 @@ from itertools import pairwise
 
 import numpy as np
 import onnx
-from onnx import GraphProto, NodeProto
 
 from calib.errors import GraphError
 from calib.model import Model
+from calib.scope import reads
 from calib.tensors import copy_fields, has_plain_dtype
 
-__all__ = ["Block", "Layout", "extract", "find_cuts", "reads"]
+__all__ = ["Block", "Layout", "extract", "find_cuts"]
 
 _COPIES = 3  # of a block's weights: one to align them, ONNX Runtime's own, and while it packs that one
 _UNTAPPED = (
@@ -199,25 +199,6 @@ def _value(layout: Layout, name: str) -> onnx.ValueInfoProto:
         for dim in shape.dim:
             open_dims.add(**({"dim_value": dim.dim_value} if dim.HasField("dim_value") else {}))
     return value
-
-
-def reads(node: NodeProto) -> set[str]:
-    """Every value a node reads: its inputs, and what its subgraphs capture from outside."""
-    names = set(node.input)
-    for attr in node.attribute:
-        for graph in (*([attr.g] if attr.HasField("g") else []), *attr.graphs):
-            names |= _captured(graph)
-    return names - {""}
-
-
-def _captured(graph: GraphProto) -> set[str]:
-    own = {i.name for i in graph.input} | {t.name for t in graph.initializer}
-    own |= {t.values.name for t in graph.sparse_initializer}
-    used = {o.name for o in graph.output}
-    for node in graph.node:
-        own.update(node.output)
-        used |= reads(node)
-    return used - own
 
 
 def _infer(model: Model, shapes: Shapes) -> dict[str, onnx.TypeProto.Tensor]:

@@ -30,7 +30,6 @@ class EasyQuant:
     step: float = 0.0005
 
     kinds: ClassVar[tuple[str, ...]] = ("histogram",)
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
         require_between("factors", self.factors, 1, 100_000)

@@ -24,9 +24,6 @@ class Ema:
     momentum: float = 0.95
 
     kinds: ClassVar[tuple[str, ...]] = ("series",)
-    __pydantic_config__: ClassVar[dict[str, str]] = {
-        "extra": "forbid"
-    }  # for a caller that validates with pydantic
 
     def __post_init__(self) -> None:
         require_between("momentum", self.momentum, 0, 1)

@@ -35,9 +35,6 @@ class Entropy:
 
     needs_tails: ClassVar[bool] = True
     kinds: ClassVar[tuple[str, ...]] = ("histogram",)
-    __pydantic_config__: ClassVar[dict[str, str]] = {
-        "extra": "forbid"
-    }  # for a caller that validates with pydantic
 
     def __post_init__(self) -> None:
         require_between("bins", self.bins, 256, 65536)

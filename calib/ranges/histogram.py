@@ -35,9 +35,6 @@ class Histogram:
     step: float = 1e-5
 
     kinds: ClassVar[tuple[str, ...]] = ("histogram",)
-    __pydantic_config__: ClassVar[dict[str, str]] = {
-        "extra": "forbid"
-    }  # for a caller that validates with pydantic
 
     def __post_init__(self) -> None:
         require_between("step", self.step, 1e-6, 1e-2)

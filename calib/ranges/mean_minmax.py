@@ -23,9 +23,6 @@ class MeanMinMax:
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("series",)
-    __pydantic_config__: ClassVar[dict[str, str]] = {
-        "extra": "forbid"
-    }  # for a caller that validates with pydantic
 
     def range_of(self, stats: Mapping[str, Stats], grid: Grid) -> Range:
         """Return the range; see the class."""

@@ -27,9 +27,6 @@ class MinMax:
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("minmax",)
-    __pydantic_config__: ClassVar[dict[str, str]] = {
-        "extra": "forbid"
-    }  # for a caller that validates with pydantic
 
     def range_of(self, stats: Mapping[str, Stats], grid: Grid) -> Range:
         """Return the range; see the class."""

@@ -27,9 +27,6 @@ class Mixed:
     threshold: float = 50.0
 
     kinds: ClassVar[tuple[str, ...]] = ("histogram",)
-    __pydantic_config__: ClassVar[dict[str, str]] = {
-        "extra": "forbid"
-    }  # for a caller that validates with pydantic
 
     def __post_init__(self) -> None:
         require_between("threshold", self.threshold, 1, 1e6)

@@ -33,9 +33,6 @@ class Mse:
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("histogram",)
-    __pydantic_config__: ClassVar[dict[str, str]] = {
-        "extra": "forbid"
-    }  # for a caller that validates with pydantic
 
     def range_of(self, stats: Mapping[str, Stats], grid: Grid) -> Range:
         """Return the range; see the class."""

@@ -46,7 +46,6 @@ class MsModelSlim:
     easy_quant: int = 0
 
     kinds: ClassVar[tuple[str, ...]] = ("series", "positive")
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
         if self.start not in _KINDS:

@@ -27,9 +27,6 @@ class Percentile:
 
     needs_tails: ClassVar[bool] = True
     kinds: ClassVar[tuple[str, ...]] = ("histogram",)
-    __pydantic_config__: ClassVar[dict[str, str]] = {
-        "extra": "forbid"
-    }  # for a caller that validates with pydantic
 
     def __post_init__(self) -> None:
         require_between("percentile", self.percentile, 50, 100)

@@ -29,9 +29,6 @@ class RecallWindow:
     ratio: float = 0.9999
 
     kinds: ClassVar[tuple[str, ...]] = ("histogram",)
-    __pydantic_config__: ClassVar[dict[str, str]] = {
-        "extra": "forbid"
-    }  # for a caller that validates with pydantic
 
     def __post_init__(self) -> None:
         require_between("ratio", self.ratio, 0.5, 1)

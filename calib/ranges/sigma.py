@@ -25,9 +25,6 @@ class Sigma:
     factor: float = 3.0
 
     kinds: ClassVar[tuple[str, ...]] = ("series",)
-    __pydantic_config__: ClassVar[dict[str, str]] = {
-        "extra": "forbid"
-    }  # for a caller that validates with pydantic
 
     def __post_init__(self) -> None:
         require_between("factor", self.factor, 0.1, 1000)

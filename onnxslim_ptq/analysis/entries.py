@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from onnx import NodeProto
 
 from calib.model import Model
+from calib.scope import reads
 from calib.types import Array
 from onnxslim_ptq.graph.linears import Linear
 
-__all__ = ["Entry", "entries_of", "find_blocks", "macs_of", "names_read"]
+__all__ = ["Entry", "entries_of", "find_blocks", "macs_of"]
 
 _TOGETHER = frozenset({"MatMul", "Gemm"})
 
@@ -63,7 +63,7 @@ def find_blocks(model: Model, layers: Sequence[Linear]) -> list[list[Linear]]:
     main = {layer.activation_name for layer in layers}
     last: dict[str, int] = {}
     for index, node in enumerate(nodes):
-        read = names_read(node)
+        read = reads(node)
         if not main.isdisjoint(read):
             main.update(node.output)
         last.update(dict.fromkeys(read & main, index))
@@ -76,12 +76,3 @@ def find_blocks(model: Model, layers: Sequence[Linear]) -> list[list[Linear]]:
         if len(live) <= 1 and blocks[-1]:
             blocks.append([])
     return [block for block in blocks if block]
-
-
-def names_read(node: NodeProto) -> set[str]:
-    """The values a node reads, its subgraphs included."""
-    names = {name for name in node.input if name}
-    for attribute in node.attribute:
-        for graph in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
-            names |= {name for inner in graph.node for name in names_read(inner)}
-    return names

@@ -11,25 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from onnx import NodeProto, TensorProto, ValueInfoProto
+from onnx import TensorProto, ValueInfoProto
 
 from calib.errors import QuantizationError
 from calib.model import Model, open_model
+from calib.scope import every_node, subgraphs
 from calib.tensors import nested_tensors
 from onnxslim_ptq.export.check import source_files
 from onnxslim_ptq.export.description import FORMAT
-from onnxslim_ptq.graph.convert import subgraphs
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.linears import Linear, find_linears
 from onnxslim_ptq.graph.names import module_names
-from onnxslim_ptq.graph.opset import raise_opset
+from onnxslim_ptq.graph.opset import PER_CHANNEL_OPSET, raise_opset
 from onnxslim_ptq.graph.optimize import optimize
 from onnxslim_ptq.graph.precision import already_quantized
 from onnxslim_ptq.graph.smooth_groups import find_groups
 
 __all__ = ["Group", "Inspection", "Layer", "inspect_model"]
 
-_PER_CHANNEL_OPSET = 13
 _MAX_JSON = 256 * 1024**2
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
 
@@ -160,7 +159,7 @@ def _describe_layers(found: Inspection, model: Model, groups: bool) -> None:
 
 def _simplified(found: Inspection, model: Model) -> Graph:
     try:
-        graph = Graph(raise_opset(model, _PER_CHANNEL_OPSET))
+        graph = Graph(raise_opset(model, PER_CHANNEL_OPSET))
         folded = {name: n for name, n in optimize(graph).items() if n}
     except QuantizationError as error:
         found.notes.append(f"layers as in the file, the graph cannot be simplified: {error}")
@@ -219,21 +218,14 @@ def _type_name(number: int) -> str:
     return {"float": "float32", "double": "float64"}.get(name, name)
 
 
-def _all_nodes(nodes: Any) -> Iterator[NodeProto]:
-    for node in nodes:
-        yield node
-        for graph in subgraphs(node):
-            yield from _all_nodes(graph.node)
-
-
 def _operators(proto: onnx.ModelProto) -> Counter[str]:
-    every = [*_all_nodes(proto.graph.node), *(n for f in proto.functions for n in _all_nodes(f.node))]
+    every = [*every_node(proto.graph.node), *(n for f in proto.functions for n in every_node(f.node))]
     return Counter(n.op_type if n.domain in ("", "ai.onnx") else f"{n.domain}.{n.op_type}" for n in every)
 
 
 def _with_subgraphs(nodes: Any) -> Iterator[dict[str, Any]]:
     for node in nodes:
-        inner = [len(list(_all_nodes(graph.node))) for graph in subgraphs(node)]
+        inner = [len(list(every_node(graph.node))) for graph in subgraphs(node)]
         if inner:
             yield {"node": node.name or next(iter(node.output), ""), "op": node.op_type, "nodes": sum(inner)}
 

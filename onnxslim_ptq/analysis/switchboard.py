@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 
-import numpy as np
-from numpy.typing import NDArray
-
 from calib.provider import SessionOptions, create_session
 from calib.runner import run_session, tap
 from calib.sweep.lanes import in_lanes, lanes_for
@@ -99,12 +96,6 @@ class Switchboard(Judge):
         """`Judge.score` with only the layers ``on`` quantized."""
         self.runs += len(self._samples)
         return self.score({}, self.switched.feed(on))
-
-    def energies(self, on: Collection[str]) -> dict[str, NDArray[np.float64]]:
-        """By judged tensor: energy of its float values and of the error with ``on`` quantized, [2]."""
-        self.runs += len(self._samples)
-        total = np.sum(list(self._energies(self.switched.feed(on))), axis=0)
-        return {name: total[:, i] for i, name in enumerate(self._judged)}
 
     def outputs(self, on: Collection[str]) -> list[OutputError]:
         """Errors of the model's own outputs, as verification measures them."""

@@ -10,6 +10,9 @@ from onnxslim_ptq.core.dtypes import INT8, UINT8, IntType
 __all__ = ["TARGETS", "BiasForm", "Target"]
 
 
+_LINEAR = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+
+
 class BiasForm(Enum):
     """How a Conv or Gemm bias behind quantized inputs is written."""
 
@@ -19,7 +22,8 @@ class BiasForm(Enum):
 
 @dataclass(frozen=True)
 class Target:
-    """One row: types, symmetry, which operators are quantized and which need their output quantized too.
+    """One row: types, symmetry, which operators are quantized and which need their output quantized too. A row tells
+    where it differs from standard ONNX.
 
     ``output_q``: operators whose integer kernel is only used when the output is quantized as well.
     ``depthwise_pays``: whether an integer depthwise Conv is faster than the float one between float values.
@@ -34,126 +38,70 @@ class Target:
     """
 
     name: str
-    activation: IntType
-    symmetric_activation: bool
-    ops: frozenset[str]
-    output_q: frozenset[str]
-    per_channel: frozenset[str]
-    integer_sums: bool
-    bias: BiasForm
-    float16_cast: bool
-    depthwise_pays: bool
-    optimizes_here: bool
-    exporter: str
-    highest_opset: int
     source: str
+    activation: IntType
+    symmetric_activation: bool = False
+    ops: frozenset[str] = _LINEAR
+    output_q: frozenset[str] = frozenset()
+    per_channel: frozenset[str] = _LINEAR
+    integer_sums: bool = False
+    bias: BiasForm = BiasForm.INT32
+    float16_cast: bool = False
+    depthwise_pays: bool = True
+    optimizes_here: bool = False
+    exporter: str = "qdq"
     integer_cache: bool = True
     integer_attention: bool = True
     static_only: bool = False
     reciprocal_scale: bool = False
 
 
-_LINEAR = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-
 TARGETS: dict[str, Target] = {
     t.name: t
     for t in (
         Target(
             name="cpu",
+            source="ONNX Runtime CPU: signed activations shared by several readers do not fuse on x86",
             activation=UINT8,
-            symmetric_activation=False,
-            ops=_LINEAR,
             output_q=frozenset({"Conv"}),
-            per_channel=_LINEAR,
             integer_sums=True,
-            bias=BiasForm.INT32,
             float16_cast=True,
             depthwise_pays=False,
             optimizes_here=True,
-            exporter="qdq",
-            highest_opset=25,
-            source="ONNX Runtime CPU: signed activations shared by several readers do not fuse on x86",
         ),
         Target(
             name="generic",
-            activation=INT8,
-            symmetric_activation=False,
-            ops=_LINEAR,
-            output_q=frozenset(),
-            per_channel=_LINEAR,
-            integer_sums=False,
-            bias=BiasForm.INT32,
-            float16_cast=False,
-            depthwise_pays=True,
-            optimizes_here=False,
-            exporter="qdq",
-            highest_opset=25,
             source="ONNX specification: standard QuantizeLinear and DequantizeLinear only",
+            activation=INT8,
         ),
         Target(
             name="qoperator",
-            activation=UINT8,
-            symmetric_activation=False,
-            ops=_LINEAR,
-            output_q=frozenset({"Conv", "MatMul"}),
-            per_channel=_LINEAR,
-            integer_sums=False,
-            bias=BiasForm.INT32,
-            float16_cast=False,
-            depthwise_pays=True,
-            optimizes_here=False,
-            exporter="qoperator",
-            highest_opset=25,
             source="ONNX specification: QLinearConv and QLinearMatMul, which quantize their outputs",
+            activation=UINT8,
+            output_q=frozenset({"Conv", "MatMul"}),
+            exporter="qoperator",
         ),
         Target(
             name="tensorrt",
+            source="TensorRT accepts symmetric int8 only (zero points 0) and no int32 bias behind DequantizeLinear",
             activation=INT8,
             symmetric_activation=True,
-            ops=_LINEAR,
-            output_q=frozenset(),
-            per_channel=_LINEAR,
-            integer_sums=False,
             bias=BiasForm.FLOAT,
-            float16_cast=False,
-            depthwise_pays=True,
-            optimizes_here=False,
-            exporter="qdq",
-            highest_opset=25,
-            source="TensorRT accepts symmetric int8 only (zero points 0) and no int32 bias behind DequantizeLinear",
             integer_attention=False,
         ),
         Target(
             name="openvino",
-            activation=UINT8,
-            symmetric_activation=False,
-            ops=_LINEAR,
-            output_q=frozenset(),
-            per_channel=_LINEAR,
-            integer_sums=False,
-            bias=BiasForm.FLOAT,
-            float16_cast=False,
-            depthwise_pays=True,
-            optimizes_here=False,
-            exporter="qdq",
-            highest_opset=25,
             source="OpenVINO FakeQuantize: u8 activations, symmetric s8 weights",
+            activation=UINT8,
+            bias=BiasForm.FLOAT,
         ),
         Target(
             name="ascend",
-            activation=INT8,
-            symmetric_activation=False,
-            ops=frozenset({"Conv", "Gemm", "MatMul"}),
-            output_q=frozenset(),
-            per_channel=frozenset({"Conv"}),
-            integer_sums=False,
-            bias=BiasForm.INT32,
-            float16_cast=False,
-            depthwise_pays=True,
-            optimizes_here=False,
-            exporter="ascend",
-            highest_opset=17,
             source="CANN: AscendQuant and AscendDequant; one scale for a whole MatMul or Gemm weight",
+            activation=INT8,
+            ops=frozenset({"Conv", "Gemm", "MatMul"}),
+            per_channel=frozenset({"Conv"}),
+            exporter="ascend",
             static_only=True,
             reciprocal_scale=True,
             integer_cache=False,

@@ -6,7 +6,6 @@ import mmap
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import onnx
 
 from calib.errors import GraphError
 from calib.model import open_model
+from calib.scope import every_node
 from calib.tensors import nested_tensors
 from calib.wire import OWN_FILE, read_skeleton
 from onnxslim_ptq.errors import VerificationError
@@ -96,7 +96,7 @@ def _unchecked(proto: onnx.ModelProto) -> list[str]:
     own = {function.domain for function in proto.functions}
     other = Counter(
         n.domain
-        for n in _nodes(proto.graph.node)
+        for n in every_node(proto.graph.node)
         if n.domain not in _STANDARD | own and not onnx.defs.has(n.op_type, n.domain)
     )
     if not other:
@@ -105,14 +105,6 @@ def _unchecked(proto: onnx.ModelProto) -> list[str]:
     return [
         f"onnx.checker does not know the domain {domains}: {sum(other.values())} nodes were not checked by it"
     ]
-
-
-def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    for node in nodes:
-        yield node
-        for attr in node.attribute:
-            for graph in [attr.g, *attr.graphs]:
-                yield from _nodes(graph.node)
 
 
 def _without_names(text: str) -> str:

@@ -41,12 +41,11 @@ from onnxslim_ptq.graph.edit import own_constant
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.linears import Linear, find_linears
 from onnxslim_ptq.graph.names import module_names
-from onnxslim_ptq.graph.opset import raise_opset
+from onnxslim_ptq.graph.opset import PER_CHANNEL_OPSET, raise_opset
 from onnxslim_ptq.graph.optimize import optimize
 
 __all__ = ["rebuild"]
 
-_PER_CHANNEL_OPSET = 13
 Tensors = dict[str, Array]
 
 
@@ -59,7 +58,7 @@ def rebuild(
         GraphError: the files do not fit the model.
     """
     tensors, kinds = read_weight_files(description)
-    graph = Graph(raise_opset(source, _PER_CHANNEL_OPSET))
+    graph = Graph(raise_opset(source, PER_CHANNEL_OPSET))
     optimize(graph)
     plan, used = QuantPlan(), set()
     linears = find_linears(graph)[0]

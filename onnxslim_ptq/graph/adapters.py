@@ -16,7 +16,7 @@ from collections.abc import Callable
 import onnx
 from onnx import GraphProto, NodeProto, helper
 
-from onnxslim_ptq.graph.convert import subgraphs
+from calib.scope import subgraphs
 
 __all__ = ["give_back", "set_aside"]
 

@@ -10,18 +10,17 @@ import onnx_graphsurgeon as gs
 from onnx import AttributeProto, GraphProto, NodeProto
 
 from calib.errors import GraphError
+from calib.scope import captured, subgraphs
 
 __all__ = [
     "Node",
     "Origin",
     "all_names",
-    "captured",
     "export_node",
     "import_graph",
     "in_order",
     "plain_attributes",
     "renamed_inside",
-    "subgraphs",
 ]
 
 _PLAIN = {
@@ -73,7 +72,7 @@ def import_graph(
     for node in source.graph.node:
         bare = slim.graph.node.add(op_type=node.op_type, name=node.name, domain=node.domain)
         bare.input.extend(node.input)
-        bare.input.extend(captured(node))
+        bare.input.extend(sorted(captured(node)))
         bare.output.extend(node.output)
         bare.attribute.extend(plain_attributes(node))
         origins.append(Origin(node, len(node.input)))
@@ -118,14 +117,6 @@ def _is_text(strings: list[bytes]) -> bool:
         return False
 
 
-def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
-    for attr in node.attribute:
-        if attr.type == AttributeProto.GRAPH:
-            yield attr.g
-        elif attr.type == AttributeProto.GRAPHS:
-            yield from attr.graphs
-
-
 def renamed_inside(node: NodeProto, old: str, new: str) -> NodeProto:
     """The node with outer value ``old`` called ``new`` in its subgraphs, at any depth."""
     made = NodeProto()
@@ -141,22 +132,6 @@ def renamed_inside(node: NodeProto, old: str, new: str) -> NodeProto:
                     inner.input[port] = new
             todo += subgraphs(inner)
     return made
-
-
-def captured(node: NodeProto) -> list[str]:
-    """Names of outer values that the node's subgraphs read, sorted."""
-    return sorted(set().union(*(_free_names(sub) for sub in subgraphs(node))))
-
-
-def _free_names(graph: GraphProto) -> set[str]:
-    made = {i.name for i in graph.input} | {t.name for t in graph.initializer}
-    made |= {t.values.name for t in graph.sparse_initializer}
-    used = {o.name for o in graph.output}
-    for node in graph.node:
-        made.update(node.output)
-        used.update(node.input)
-        used.update(captured(node))
-    return used - made - {""}
 
 
 def all_names(graph: GraphProto) -> set[str]:

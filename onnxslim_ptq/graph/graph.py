@@ -18,6 +18,7 @@ from onnx import TensorProto
 
 from calib.errors import GraphError
 from calib.model import LARGE, Model, mark_external
+from calib.scope import subgraphs
 from calib.tensors import copy_fields, has_plain_dtype
 from calib.types import Array
 from onnxslim_ptq.graph.convert import (
@@ -29,7 +30,6 @@ from onnxslim_ptq.graph.convert import (
     in_order,
     plain_attributes,
     renamed_inside,
-    subgraphs,
 )
 
 __all__ = ["Graph"]

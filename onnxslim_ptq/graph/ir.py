@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import onnx
 from onnx import AttributeProto, TensorProto
 
+from calib.scope import every_node, subgraphs
 from calib.tensors import nested_tensors
-from onnxslim_ptq.graph.convert import subgraphs
 
 __all__ = ["lowest_ir"]
 
@@ -47,8 +47,8 @@ def _features(model: onnx.ModelProto) -> Iterator[int]:
         yield _TRAINING
     if model.functions:
         yield _FUNCTIONS
-    graphs = list(_graphs(graph))
-    nodes = [n for g in graphs for n in g.node] + [n for f in model.functions for n in _nodes(f.node)]
+    graphs = [graph, *(sub for node in every_node(graph.node) for sub in subgraphs(node))]
+    nodes = [n for g in graphs for n in g.node] + [n for f in model.functions for n in every_node(f.node)]
     if any(g.sparse_initializer for g in graphs):
         yield _SPARSE
     if any(m.metadata_props for m in (*graphs, *nodes, *model.functions)) or any(n.overload for n in nodes):
@@ -66,17 +66,3 @@ def _features(model: onnx.ModelProto) -> Iterator[int]:
     types = {t.data_type for t in (*graph.initializer, *nested_tensors(model))}
     types |= {v.type.tensor_type.elem_type for g in graphs for v in (*g.input, *g.output, *g.value_info)}
     yield from (_IR_OF_TYPE[t] for t in types if t in _IR_OF_TYPE)
-
-
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    yield graph
-    for node in graph.node:
-        for sub in subgraphs(node):
-            yield from _graphs(sub)
-
-
-def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    for node in nodes:
-        yield node
-        for sub in subgraphs(node):
-            yield from _nodes(sub.node)

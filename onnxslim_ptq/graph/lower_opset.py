@@ -26,7 +26,7 @@ from onnxslim_ptq.graph.edit import is_standard
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.opset import raise_opset
 
-__all__ = ["decompose_gelu", "with_opset"]
+__all__ = ["with_opset"]
 
 # Newer versions of these differ by more types, by a feature whose default is the old behaviour, or in words only.
 _GREW = frozenset(
@@ -88,7 +88,10 @@ _NEW_MODES = {"Pad": ("mode", "wrap"), "Resize": ("coordinate_transformation_mod
 
 
 def with_opset(model: Model, opset: int) -> Model:
-    """The model at exactly ``opset``; GraphError naming the node that has no form there."""
+    """The model at exactly ``opset``; downwards 17 or less, for what is rewritten takes forms from before 18.
+
+    Raises GraphError naming the node that has no form there.
+    """
     raised = raise_opset(model, opset)
     graph = Graph(raised)
     if graph.opset == opset:
@@ -117,11 +120,11 @@ def _lower(graph: Graph, node: gs.Node, opset: int) -> None:
         return
     adapter = _ADAPTERS.get(node.op)
     if adapter is not None:
-        adapter(graph, node)
+        adapter(graph, node, opset)
     elif node.op not in _GREW or not onnx.defs.has(node.op, opset, ""):
         raise _no_form(graph, node, opset)
     elif node.op in _NEW_IN:
-        _as_it_was(graph, node)
+        _as_it_was(graph, node, opset)
 
 
 def _no_form(graph: Graph, node: gs.Node, opset: int, why: str = "") -> GraphError:
@@ -131,7 +134,7 @@ def _no_form(graph: Graph, node: gs.Node, opset: int, why: str = "") -> GraphErr
     )
 
 
-def decompose_gelu(graph: Graph, node: gs.Node) -> None:
+def _gelu(graph: Graph, node: gs.Node, opset: int) -> None:
     """Gelu as Erf or Tanh and arithmetic; the output keeps its name."""
     source, result = node.inputs[0], node.outputs[0]
     approximate = node.attrs.get("approximate", "none")
@@ -159,7 +162,7 @@ def decompose_gelu(graph: Graph, node: gs.Node) -> None:
     graph.add_node("Mul", name, [product, number(0.5, "half")], [result])
 
 
-def _mish(graph: Graph, node: gs.Node) -> None:
+def _mish(graph: Graph, node: gs.Node, opset: int) -> None:
     source, result, name = node.inputs[0], node.outputs[0], node.name
     graph.remove(node)
     soft, bent = graph.variable(f"{name}.softplus"), graph.variable(f"{name}.tanh")
@@ -168,40 +171,40 @@ def _mish(graph: Graph, node: gs.Node) -> None:
     graph.add_node("Mul", name, [source, bent], [result])
 
 
-def _reduce(graph: Graph, node: gs.Node) -> None:
+def _reduce(graph: Graph, node: gs.Node, opset: int) -> None:
     attrs = dict(node.attrs)
     empty = bool(attrs.pop("noop_with_empty_axes", 0))
     if len(node.inputs) > 1 and node.inputs[1].name:
         axes = graph.value(node.inputs[1])
         if axes is None:
-            raise _no_form(graph, node, 17, ", its axes are computed")
+            raise _no_form(graph, node, opset, ", its axes are computed")
         attrs["axes"] = [int(a) for a in axes.reshape(-1)]
     if empty and not attrs.get("axes"):
-        raise _no_form(graph, node, 17, ", it reduces nothing")
+        raise _no_form(graph, node, opset, ", it reduces nothing")
     source, result, name, op = node.inputs[0], node.outputs[0], node.name, node.op
     graph.remove(node)
     graph.add_node(op, name, [source], [result], attrs)
 
 
-def _split(graph: Graph, node: gs.Node) -> None:
-    """Without sizes opset 17 divides evenly by the number of outputs, as 18 does unless the last is smaller."""
+def _split(graph: Graph, node: gs.Node, opset: int) -> None:
+    """Without sizes opsets before 18 divide evenly by the number of outputs, as 18 does unless the last is smaller."""
     if "num_outputs" in node.attrs:
         size = _dimension(graph, node.inputs[0].name, int(node.attrs.get("axis", 0)))
         if size is None or size % len(node.outputs):
-            raise _no_form(graph, node, 17, ", its sizes are not known to be equal")
+            raise _no_form(graph, node, opset, ", its sizes are not known to be equal")
     graph.set_attributes(node, {k: v for k, v in node.attrs.items() if k != "num_outputs"})
 
 
-def _as_it_was(graph: Graph, node: gs.Node) -> None:
+def _as_it_was(graph: Graph, node: gs.Node, opset: int) -> None:
     later = _NEW_IN.get(node.op, {})
     for key, old in later.items():
         if any(value != old for value in np.ravel(node.attrs.get(key, []))):
-            raise _no_form(graph, node, 17, f", it uses '{key}'")
+            raise _no_form(graph, node, opset, f", it uses '{key}'")
     key, mode = _NEW_MODES.get(node.op, ("", ""))
     if node.attrs.get(key) == mode:
-        raise _no_form(graph, node, 17, f", it uses {key} {mode}")
+        raise _no_form(graph, node, opset, f", it uses {key} {mode}")
     if node.op == "Pad" and len(node.inputs) > 3 and node.inputs[3].name:
-        raise _no_form(graph, node, 17, ", it uses axes")
+        raise _no_form(graph, node, opset, ", it uses axes")
     new = later.keys() & node.attrs.keys()
     if new:
         graph.set_attributes(node, {k: v for k, v in node.attrs.items() if k not in new})
@@ -228,8 +231,8 @@ def _float16(graph: Graph, name: str) -> bool:
     return half in weights and onnx.TensorProto.FLOAT not in weights
 
 
-_ADAPTERS: dict[str, Callable[[Graph, gs.Node], None]] = {
-    "Gelu": decompose_gelu,
+_ADAPTERS: dict[str, Callable[[Graph, gs.Node, int], None]] = {
+    "Gelu": _gelu,
     "Mish": _mish,
     "Split": _split,
     "Pad": _as_it_was,

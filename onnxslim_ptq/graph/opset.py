@@ -15,11 +15,14 @@ from onnx.version_converter import convert_version
 
 from calib.errors import GraphError
 from calib.model import Model, lift_constants
+from calib.scope import every_node, subgraphs
 from onnxslim_ptq.graph.adapters import give_back, set_aside
-from onnxslim_ptq.graph.convert import all_names, subgraphs
+from onnxslim_ptq.graph.convert import all_names
 from onnxslim_ptq.graph.ir import lowest_ir
 
-__all__ = ["raise_opset"]
+__all__ = ["PER_CHANNEL_OPSET", "raise_opset"]
+
+PER_CHANNEL_OPSET = 13  # the first whose QuantizeLinear has an axis: per-channel weight scales need it
 
 _DEFAULT = ("", "ai.onnx")
 _MARK = (
@@ -48,7 +51,7 @@ def raise_opset(model: Model, least: int) -> Model:
             source = inline_local_functions(source)
         converted = _convert(source, old, least)
         _rename(converted, all_names(source.graph))
-        _take_over(source.graph, converted.graph, _originals(source.graph, {}))
+        _take_over(source.graph, converted.graph, _originals(source.graph))
         for entry in source.opset_import:
             if entry.domain in _DEFAULT:
                 entry.version = least
@@ -98,13 +101,9 @@ def _mark(graph: GraphProto, count: list[int]) -> None:
             _mark(sub, count)
 
 
-def _originals(graph: GraphProto, found: dict[str, NodeProto]) -> dict[str, NodeProto]:
+def _originals(graph: GraphProto) -> dict[str, NodeProto]:
     """The nodes of ``graph`` and its subgraphs by the mark ``_mark`` gave their copies."""
-    for node in graph.node:
-        found[f"{_MARK}{len(found)}"] = node
-        for sub in subgraphs(node):
-            _originals(sub, found)
-    return found
+    return {f"{_MARK}{number}": node for number, node in enumerate(every_node(graph.node))}
 
 
 def _rename(converted: onnx.ModelProto, taken: set[str]) -> None:
@@ -120,19 +119,14 @@ def _rename(converted: onnx.ModelProto, taken: set[str]) -> None:
 
 
 def _inserted(graph: GraphProto) -> set[str]:
-    names = {o for n in graph.node if not n.name.startswith(_MARK) for o in n.output if o}
-    for node in graph.node:
-        for sub in subgraphs(node):
-            names |= _inserted(sub)
-    return {n for n in names if n.startswith("_v_")}
+    made = {o for n in every_node(graph.node) if not n.name.startswith(_MARK) for o in n.output}
+    return {name for name in made if name.startswith("_v_")}
 
 
 def _apply_names(graph: GraphProto, renamed: dict[str, str]) -> None:
-    for node in graph.node:
+    for node in every_node(graph.node):
         for names in (node.input, node.output):
             names[:] = [renamed.get(n, n) for n in names]
-        for sub in subgraphs(node):
-            _apply_names(sub, renamed)
 
 
 def _take_over(source: GraphProto, converted: GraphProto, originals: dict[str, NodeProto]) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-
 import onnx
 
 from calib.model import Model
-from onnxslim_ptq.graph.convert import subgraphs
+from calib.scope import every_node
 
 __all__ = ["already_quantized", "is_quantization"]
 
@@ -57,19 +55,12 @@ def already_quantized(model: Model) -> list[str]:
 
     A node without a name is called by its operator and first output.
     """
-    found = [_label(n) for n in _all_nodes(model.proto.graph.node) if is_quantization(n.op_type)]
+    found = [_label(n) for n in every_node(model.proto.graph.node) if is_quantization(n.op_type)]
     for function in model.proto.functions:
         found += [
-            f"{function.name}/{_label(n)}" for n in _all_nodes(function.node) if is_quantization(n.op_type)
+            f"{function.name}/{_label(n)}" for n in every_node(function.node) if is_quantization(n.op_type)
         ]
     return found
-
-
-def _all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    for node in nodes:
-        yield node
-        for graph in subgraphs(node):
-            yield from _all_nodes(graph.node)
 
 
 def _label(node: onnx.NodeProto) -> str:

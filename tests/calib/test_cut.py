@@ -8,9 +8,10 @@ import numpy as np
 import onnx
 import pytest
 
-from calib.blocks.cut import Layout, extract, find_cuts, reads
+from calib.blocks.cut import Layout, extract, find_cuts
 from calib.errors import GraphError
 from calib.model import Model, open_model
+from calib.scope import reads
 from tests.models import parse, weights_of
 
 # Wide, a bottleneck of 8 values, wide again; `c` goes along beside it.

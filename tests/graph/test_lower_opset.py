@@ -81,3 +81,9 @@ def test_upwards_is_the_converter() -> None:
     model = model_of("g (float[3,4] x) => (float[3,4] y) { y = Add (x, w) }", weights_of(1, w=(4,)), 11)
     assert Graph(with_opset(model, 17)).opset == 17
     assert with_opset(with_opset(model, 17), 17).proto.opset_import[0].version == 17
+
+
+def test_the_error_names_the_opset_that_was_asked_for() -> None:
+    model = model_of(f"g {IMAGE} y = Resize <antialias = 1> (x, , , sizes) }}", {"sizes": SIZES["sizes"]}, 19)
+    with pytest.raises(GraphError, match=r"no form at opset 16, it uses 'antialias'; .* with opset 16"):
+        with_opset(model, 16)

@@ -14,12 +14,11 @@ from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.kv_cache import find_cache
 from onnxslim_ptq.graph.linears import find_linears
 from onnxslim_ptq.graph.names import module_names
-from onnxslim_ptq.graph.opset import raise_opset
+from onnxslim_ptq.graph.opset import PER_CHANNEL_OPSET, raise_opset
 from onnxslim_ptq.graph.optimize import optimize
 
 __all__ = ["Cell", "Policies", "assign", "caches_of", "cells_of"]
 
-_OPSET = 13
 Policies = OrderedDict[str, PTQConfig | None]
 
 
@@ -37,7 +36,7 @@ class Cell:
 
 def cells_of(model: Model) -> list[Cell]:
     """Every layer that can be quantized, in graph order."""
-    graph = Graph(raise_opset(model, _OPSET))
+    graph = Graph(raise_opset(model, PER_CHANNEL_OPSET))
     optimize(graph)
     names = module_names(graph, find_linears(graph)[0])
     return [Cell(node, name) for node, name in names.items()]

@@ -25,7 +25,7 @@ from onnxslim_ptq.frontends.session.config import (
 )
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.linears import find_linears
-from onnxslim_ptq.graph.opset import raise_opset
+from onnxslim_ptq.graph.opset import PER_CHANNEL_OPSET, raise_opset
 from onnxslim_ptq.graph.optimize import optimize
 from onnxslim_ptq.recipe import Recipe
 
@@ -34,7 +34,6 @@ __all__ = ["is_session_file", "read_session", "recipe_of", "require_complete", "
 _SMOOTHING = ("m3", "m4", "m6")
 _SCHEMES = ("w8a8", "w8a8_dynamic", "w8a8_timestep")
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
-_PER_CHANNEL_OPSET = 13
 _GIGABYTE = 1024**3
 _KEY = "processor_cfg_map"
 _Scheme = W8A8ProcessorConfig | W8A8DynamicProcessorConfig | W8A8TimeStepProcessorConfig
@@ -117,7 +116,7 @@ def _smoothing(name: str, config: BaseModel, disabled: list[str]) -> dict[str, A
 
 def _last_linear(model: Model) -> str:
     """The last MatMul or Gemm with a weight, by node name, as msModelSlim leaves it float; empty when there is none."""
-    graph = Graph(raise_opset(model, _PER_CHANNEL_OPSET))
+    graph = Graph(raise_opset(model, PER_CHANNEL_OPSET))
     optimize(graph)
     linears = [layer.node for layer in find_linears(graph)[0] if layer.op in ("MatMul", "Gemm")]
     return linears[-1] if linears else ""
