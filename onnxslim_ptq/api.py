@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import onnx
 
-from calib.errors import CalibrationError, GraphError
-from calib.model import Model, open_model, to_array
+from calib.errors import GraphError
+from calib.model import Model, to_array
 from calib.provider import SessionOptions, create_session, runtime
 from calib.runner import Listener
 from calib.saved.progress import Resume
@@ -20,7 +20,7 @@ from calib.saved.store import Statistics
 from calib.types import Array, SampleId
 from onnxslim_ptq import __version__
 from onnxslim_ptq.analysis.metrics import first_top1, leaves
-from onnxslim_ptq.asked import checked, gathering
+from onnxslim_ptq.asked import Asked
 from onnxslim_ptq.core.spec import QuantPlan
 from onnxslim_ptq.core.targets import TARGETS, BiasForm
 from onnxslim_ptq.errors import VerificationError
@@ -35,13 +35,13 @@ from onnxslim_ptq.export.weight_files import WeightFiles, Write, files_of
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.linears import find_linears
 from onnxslim_ptq.graph.names import module_names
-from onnxslim_ptq.pipeline import Job, Outcome, run
+from onnxslim_ptq.job import Job, gathering, open_job
+from onnxslim_ptq.pipeline import Outcome, run
 from onnxslim_ptq.recipe import Recipe
 from onnxslim_ptq.recipes.data import without_folders
-from onnxslim_ptq.recorded import recorded_samples
-from onnxslim_ptq.samples import Samples, open_samples
+from onnxslim_ptq.samples import Samples
 
-__all__ = ["Result", "quantize"]
+__all__ = ["Result", "quantize", "quantize_as"]
 
 _FIRST = SampleId(0, "the first evaluation sample")
 _AT_ONCE = 1 << 20  # elements of an output compared at a time
@@ -181,53 +181,17 @@ def quantize(
     where memory is short (docs/calibration-data.md). Raises RecipeError, GraphError, CalibrationError, DeviceError
     and VerificationError (output SQNR below ``min_sqnr`` dB, NaN, a missing output).
     """
-    asked = checked(recipe, target, device, nan, reduce_range, include, exclude)
-    source = open_model(model)
-    given: dict[str, Any] = {"samples": samples, "stacked": stacked, "threads": threads}
-    if stats is None:
-        drawn: dict[str, Any] = {"shapes": shapes, "ranges": ranges, "seed": seed, "tag": asked.recipe.tag}
-        data = open_samples(source, asked.recipe.data, calib_data, eval_data, **drawn, **given)
-    else:
-        statistics = stats if isinstance(stats, Statistics) else Statistics.load(Path(stats))
-        device = _recorded_device(statistics, device, workers, ray, resume)
-        data = recorded_samples(source, statistics, asked.recipe.data, calib_data, eval_data, **given)
-    how = gathering(source, data, workers, ray, resume, blockwise)
-    job = Job(
-        source,
-        asked.recipe,
-        asked.target,
-        data.calibration,
-        data.evaluation,
-        device,
-        threads,
-        nan,
-        asked.reduce_range,
-        allow_quantized,
-        min_sqnr,
-        listener,
-        gathering=how,
-        recorded=data.recorded,
-        synthetic=data.synthetic,
-    )
+    return quantize_as(model, Asked.of(locals()))
+
+
+def quantize_as(model: str | Path | onnx.ModelProto, asked: Asked) -> Result:
+    """`quantize`, with its arguments in one piece; raises the same."""
+    job, data = open_job(model, asked)
+    job = replace(job, gathering=gathering(job.source, data, asked))
     outcome = run(job)
-    if how.resume is not None:
-        how.resume.clear()
-    return _result(job, outcome, data, seed)
-
-
-def _recorded_device(
-    statistics: Statistics, device: str, workers: int | None, ray: str | None, resume: object
-) -> str:
-    """The device the statistics were gathered on; CalibrationError for options that ask for another sweep."""
-    given = {"--workers": workers, "--ray": ray, "--resume": resume}
-    if odd := [name for name, value in given.items() if value is not None]:
-        raise CalibrationError(f"{odd[0]} gathers statistics, and --stats has them; leave one out")
-    if device not in ("cpu", statistics.conditions.device):
-        raise CalibrationError(
-            f"{statistics.origin} were gathered on device {statistics.conditions.device}, not {device}; "
-            "leave --device out, or calibrate on that device"
-        )
-    return statistics.conditions.device
+    if job.gathering.resume is not None:
+        job.gathering.resume.clear()
+    return _result(job, outcome, data, asked.seed)
 
 
 def _result(job: Job, outcome: Outcome, data: Samples, seed: int) -> Result:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import onnx
 
-from calib.model import open_model
+from calib.errors import CalibrationError
 from calib.provider import SessionOptions
 from calib.runner import Listener
 from calib.saved.identity import ModelRef, conditions
@@ -16,13 +17,13 @@ from calib.saved.kept import KEPT_BYTES, keep
 from calib.saved.progress import Resume
 from calib.saved.store import Statistics
 from onnxslim_ptq import __version__
-from onnxslim_ptq.asked import checked, gathering
-from onnxslim_ptq.pipeline import Job, make_plan
+from onnxslim_ptq.asked import Asked
+from onnxslim_ptq.job import gathering, open_job
+from onnxslim_ptq.pipeline import make_plan
 from onnxslim_ptq.recipe import Recipe
 from onnxslim_ptq.recipes.data import without_folders
-from onnxslim_ptq.samples import open_samples
 
-__all__ = ["calibrate"]
+__all__ = ["calibrate", "calibrate_as"]
 
 
 def calibrate(
@@ -52,52 +53,34 @@ def calibrate(
 
     Up to 16 calibration and 16 held-out samples are kept with them, unless they take more than ``keep_bytes`` (0 keeps
     none): with those, `quantize` writes the same bytes as from the data. ``hold_out`` False: all samples calibrate.
-    Raises what `quantize` raises, except VerificationError.
+    Raises what `quantize` raises, except VerificationError, and CalibrationError without data.
     """
-    asked = checked(recipe, target, device, nan, reduce_range, include, exclude)
-    source = open_model(model)
-    data = open_samples(
-        source,
-        asked.recipe.data,
-        calib_data,
-        samples=samples,
-        stacked=stacked,
-        threads=threads,
-        hold_out=hold_out,
-    )
-    how = gathering(source, data, workers, ray, resume, blockwise)
+    return calibrate_as(model, Asked.of(locals()), keep_bytes)
+
+
+def calibrate_as(
+    model: str | Path | onnx.ModelProto, asked: Asked, keep_bytes: int = KEPT_BYTES
+) -> Statistics:
+    """`calibrate`, with its arguments in one piece; raises the same."""
+    if asked.calib_data is None and not Recipe.load(asked.recipe).data.sets:
+        raise CalibrationError("calibrate needs samples; give them with --calib")
+    job, data = open_job(model, asked)
+    how = gathering(job.source, data, asked)
     record = Statistics(
-        ModelRef.of(source),
+        ModelRef.of(job.source),
         (data.shard,),
-        conditions(device, how.options(SessionOptions(threads=threads))),
+        conditions(job.device, how.options(SessionOptions(threads=job.threads))),
         made_with={
             "onnxslim_ptq": __version__,
-            "recipe": without_folders(asked.recipe.dump()),
-            "target": asked.target.name,
+            "recipe": without_folders(job.recipe.dump()),
+            "target": job.target.name,
         },
     )
-    make_plan(
-        Job(
-            source,
-            asked.recipe,
-            asked.target,
-            data.calibration,
-            data.evaluation,
-            device,
-            threads,
-            nan,
-            asked.reduce_range,
-            allow_quantized,
-            listener=listener,
-            gathering=how,
-            record=record,
-        )
-    )
+    make_plan(replace(job, gathering=how, record=record))
     record.prepared = tuple(data.notes)
     if keep_bytes:
-        record.kept = keep(
-            data.calibration, data.evaluation if data.measured_on == "held-out" else None, keep_bytes
-        )
+        held_out = data.evaluation if data.measured_on == "held-out" else None
+        record.kept = keep(data.calibration, held_out, keep_bytes)
     if how.resume is not None:
         how.resume.clear()
     return record

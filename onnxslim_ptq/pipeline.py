@@ -9,26 +9,23 @@ from dataclasses import dataclass, field, replace
 from calib.blocks.memory import release_memory
 from calib.blocks.spool import Spool
 from calib.errors import CalibrationError, GraphError
-from calib.gather import Gathering
 from calib.model import Model
-from calib.runner import Listener
-from calib.saved.store import Statistics
 from calib.stats import HistogramStats, MinMaxStats
-from calib.types import Dataset, Probe, Stats
+from calib.types import Probe, Stats
 from onnxslim_ptq.analysis.verify import Verification, verify
 from onnxslim_ptq.core.choice import LayerChoice
 from onnxslim_ptq.core.match import Layer
 from onnxslim_ptq.core.spec import QuantPlan
-from onnxslim_ptq.core.targets import BiasForm, Target
+from onnxslim_ptq.core.targets import BiasForm
 from onnxslim_ptq.errors import VerificationError
 from onnxslim_ptq.export.fusion import guard_float_layers
 from onnxslim_ptq.export.renderers import RENDERERS
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.linears import Linear, find_linears
-from onnxslim_ptq.graph.opset import raise_opset
+from onnxslim_ptq.graph.opset import PER_CHANNEL_OPSET, raise_opset
 from onnxslim_ptq.graph.optimize import optimize
 from onnxslim_ptq.graph.precision import already_quantized
-from onnxslim_ptq.recipe import Recipe
+from onnxslim_ptq.job import Job
 from onnxslim_ptq.resolution import choice_of, named_layers, original_name, resolve
 from onnxslim_ptq.steps import attention, kv_cache, quantize
 from onnxslim_ptq.steps.fusing import dry_placement, leave_float, unfused_layers
@@ -37,33 +34,7 @@ from onnxslim_ptq.steps.run_smoothing import run_smoothing, smoothing_notes
 from onnxslim_ptq.steps.smoothing import Smoothed, SmoothingConfig
 from onnxslim_ptq.workspace import Workspace
 
-__all__ = ["Job", "Outcome", "Planned", "float_graph", "make_plan", "run"]
-
-_PER_CHANNEL_OPSET = 13
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything the main job needs; data sets are already open and split. Those from ``gathering``
-    on are the `Workspace`'s."""
-
-    source: Model
-    recipe: Recipe
-    target: Target
-    calibration: Dataset
-    evaluation: Dataset
-    device: str = "cpu"
-    threads: int = 0
-    nan: str = "error"
-    reduce_range: bool = False
-    allow_quantized: bool = False
-    min_sqnr: float = 6.0
-    listener: Listener | None = None
-    gathering: Gathering = field(default_factory=Gathering)
-    spool: Spool | None = None
-    recorded: Statistics | None = None
-    record: Statistics | None = None
-    synthetic: bool = False
+__all__ = ["Outcome", "Planned", "choices", "float_graph", "make_plan", "run"]
 
 
 @dataclass
@@ -111,21 +82,8 @@ def make_plan(job: Job) -> Planned:
 def _make_plan(job: Job) -> Planned:
     notes: list[str] = []
     graph = float_graph(job, notes)
-    layers, skipped = _choices(job, graph)
-    workspace = Workspace(
-        graph,
-        job.target,
-        job.calibration,
-        job.device,
-        job.threads,
-        job.reduce_range,
-        job.listener,
-        gathering=job.gathering,
-        recorded=job.recorded,
-        record=job.record,
-        spool=job.spool,
-        synthetic=job.synthetic,
-    )
+    layers, skipped = choices(job, graph)
+    workspace = job.workspace(graph)
     placement = dry_placement(workspace, layers)
     # A model that keeps everything in subgraphs is passed on in float, and says so: pipelines of many models go on.
     caches = kv_cache.chosen(graph, job.recipe.caches, job.target)
@@ -215,7 +173,7 @@ def float_graph(job: Job, notes: list[str]) -> Graph:
             "give the float model, or --allow-quantized to quantize only its float part"
         )
     before = Graph(job.source).opset
-    model = raise_opset(job.source, _PER_CHANNEL_OPSET)
+    model = raise_opset(job.source, PER_CHANNEL_OPSET)
     graph = Graph(model, job.spool.keep if job.spool is not None else None)
     if graph.opset != before:
         notes.append(f"opset raised from {before} to {graph.opset}: per-channel weight scales need it")
@@ -225,7 +183,8 @@ def float_graph(job: Job, notes: list[str]) -> Graph:
     return graph
 
 
-def _choices(job: Job, graph: Graph) -> tuple[dict[str, tuple[Linear, LayerChoice]], dict[str, str]]:
+def choices(job: Job, graph: Graph) -> tuple[dict[str, tuple[Linear, LayerChoice]], dict[str, str]]:
+    """What the recipe says of each layer it quantizes, and why the others stay float."""
     linears, reasons = find_linears(graph)
     given = {n.name for n in job.source.proto.graph.node}
     named = list(named_layers(job.source, job.recipe, graph).values())

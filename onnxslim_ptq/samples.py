@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,6 +17,8 @@ from calib.saved.identity import Shard
 from calib.saved.store import Statistics
 from calib.stateful import Steps
 from calib.types import Dataset
+from onnxslim_ptq.asked import Asked
+from onnxslim_ptq.recipe import Recipe
 from onnxslim_ptq.recipes.data import DataConfig, PreprocessConfig, SetConfig
 
 __all__ = ["Samples", "measured_samples", "open_samples"]
@@ -51,28 +53,16 @@ class Samples:
         return Shard.of(self.calibration)
 
 
-def open_samples(
-    source: Model,
-    data: DataConfig,
-    calib: Any = None,
-    evaluation: Any = None,
-    *,
-    samples: int | None = None,
-    stacked: bool = False,
-    shapes: Mapping[str, tuple[int, ...]] | None = None,
-    ranges: Mapping[str, tuple[float, float]] | None = None,
-    seed: int = 0,
-    threads: int = 0,
-    hold_out: bool = True,
-    tag: str | None = None,
-) -> Samples:
-    """Open paths or feeds; without ``calib`` the sets of ``data``, without those synthetic samples. ``hold_out``: some
-    calibration samples measure when there are no others, none that alone has its value of ``tag``.
+def open_samples(source: Model, recipe: Recipe, asked: Asked) -> Samples:
+    """Open the paths or feeds asked for; without any the sets of the recipe's data section, without those synthetic
+    samples. ``hold_out``: some calibration samples measure when there are no others, none that alone has its value of
+    the recipe's tag.
 
     Raises CalibrationError as the readers do, or when options describe samples that are not drawn.
     """
-    opener = _Opener(source, data, stacked, threads)
-    sets = data.sets if calib is None else ()
+    opener = _Opener(source, recipe.data, asked)
+    calib, shapes, ranges = asked.calib_data, asked.shapes, asked.ranges
+    sets = recipe.data.sets if calib is None else ()
     if (shapes or ranges) and (sets or calib is not None):
         raise CalibrationError("--shape and --range describe synthetic samples; leave them out beside data")
     if sets:
@@ -80,45 +70,37 @@ def open_samples(
     elif calib is not None:
         everything = opener.any(calib)
     else:
-        fed = opener.fed
-        drawn = synthetic(fed, count=samples or _SYNTHETIC, shapes=shapes, ranges=ranges, seed=seed)
+        count = asked.samples or _SYNTHETIC
+        drawn = synthetic(opener.fed, count=count, shapes=shapes, ranges=ranges, seed=asked.seed)
         everything = opener.complete(drawn)
     real = sets or calib is not None
-    if real and samples is not None:
-        everything = take(everything, samples)
-    if evaluation is not None:
-        return Samples(everything, opener.any(evaluation), "eval", opener.notes, synthetic=not real)
+    if real and asked.samples is not None:
+        everything = take(everything, asked.samples)
+    if asked.eval_data is not None:
+        return Samples(everything, opener.any(asked.eval_data), "eval", opener.notes, synthetic=not real)
     if not real:
         return Samples(everything, everything, "synthetic", opener.notes, synthetic=True)
-    if not hold_out:
+    if not asked.hold_out:
         return Samples(everything, everything, "calibration", opener.notes)
-    return Samples(*split_held_out(everything, tag), opener.notes)
+    return Samples(*split_held_out(everything, recipe.tag), opener.notes)
 
 
-def measured_samples(
-    source: Model,
-    data: DataConfig,
-    calib: Any = None,
-    evaluation: Any = None,
-    *,
-    samples: int | None = None,
-    stacked: bool = False,
-) -> tuple[Dataset, str]:
+def measured_samples(source: Model, recipe: Recipe, asked: Asked) -> tuple[Dataset, str]:
     """The samples a result is measured on, and what they are called: --eval, or what quantize holds out."""
-    if evaluation is not None:
-        opened = _Opener(source, data, stacked, 0).any(evaluation)
-        return (take(opened, samples) if samples else opened), "eval"
-    found = open_samples(source, data, calib, samples=samples, stacked=stacked)
+    if asked.eval_data is not None:
+        opened = _Opener(source, recipe.data, asked).any(asked.eval_data)
+        return (take(opened, asked.samples) if asked.samples else opened), "eval"
+    found = open_samples(source, recipe, asked)
     return found.evaluation, found.measured_on
 
 
 class _Opener:
     """Opens files and feeds for one model by one data section; ``notes`` gets a line for each thing decided."""
 
-    def __init__(self, source: Model, data: DataConfig, stacked: bool, threads: int) -> None:
-        self._data, self._stacked = data, stacked or data.stacked
+    def __init__(self, source: Model, data: DataConfig, asked: Asked) -> None:
+        self._data, self._stacked = data, asked.stacked or data.stacked
         outputs = [output.name for output in source.proto.graph.output]
-        self._wiring = Wiring(source.inputs(), outputs, partial(Steps, source, threads=threads))
+        self._wiring = Wiring(source.inputs(), outputs, partial(Steps, source, threads=asked.threads))
         self._recurrence = Recurrence(data.feedback, data.reset_every, data.initial)
         self.fed = self._wiring.fed(data.constants, self._recurrence)
         self.notes: list[str] = []

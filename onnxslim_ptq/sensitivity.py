@@ -2,106 +2,42 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import onnx
-import yaml
 
 from calib.errors import GraphError
-from calib.model import open_model
 from calib.provider import SessionOptions, create_session
 from calib.runner import Listener, Progress, run_session, tap
 from calib.stats.spread import SPREADS, SpreadStats
 from calib.types import Probe, Sample
 from onnxslim_ptq.analysis.entries import Entry, entries_of, find_blocks
 from onnxslim_ptq.analysis.metrics import OutputError
+from onnxslim_ptq.analysis.ranking import Analysis, Ranked, judging_samples, rank, rank_by_sqnr
 from onnxslim_ptq.analysis.switchboard import Switchboard
-from onnxslim_ptq.asked import checked
+from onnxslim_ptq.asked import Asked
 from onnxslim_ptq.core.match import Layer, Pattern, nearest
 from onnxslim_ptq.errors import RecipeError
 from onnxslim_ptq.export.switches import add_twins
 from onnxslim_ptq.graph.attention import Attention, find_attention
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.linears import LINEAR_OPS, Linear, find_linears
-from onnxslim_ptq.pipeline import Job, Planned, float_graph, make_plan
+from onnxslim_ptq.job import Job, open_job
+from onnxslim_ptq.pipeline import Planned, float_graph, make_plan
 from onnxslim_ptq.recipe import Recipe
 from onnxslim_ptq.resolution import named_layers
-from onnxslim_ptq.samples import open_samples
-from onnxslim_ptq.workspace import Workspace
 
-__all__ = ["METRICS", "Analysis", "Ranked", "analyze", "as_patterns", "judging_samples", "rank_by_sqnr"]
+__all__ = ["METRICS", "Analysis", "Ranked", "analyze", "analyze_as"]
 
 METRICS: dict[str, tuple[str, ...]] = {
     "linear": ("sqnr", *SPREADS),
     "attn": ("mse",),
     "layer": ("mse_model_wise", "mse_layer_wise"),
 }
-T = TypeVar("T")
-_PASSES = 8  # how often all candidates together may run the calibration samples
-_FEWEST, _MOST = 4, 16
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """Layers ranked as one; the higher ``score``, the more they cost. ``sqnr_db``: of the outputs, these alone int8."""
-
-    name: str
-    nodes: tuple[str, ...]
-    op: str
-    score: float
-    sqnr_db: float | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        known = {} if self.sqnr_db is None else {"sqnr_db": self.sqnr_db}
-        return {"name": self.name, "nodes": list(self.nodes), "op": self.op, "score": self.score, **known}
-
-
-@dataclass
-class Analysis:
-    """A ranking, worst first, made on ``samples`` samples."""
-
-    scope: str
-    metric: str
-    ranking: list[Ranked]
-    samples: int
-    notes: list[str] = field(default_factory=list)
-
-    def exclude(self, top: int) -> list[str]:
-        """Patterns for the layers of the first ``top`` entries."""
-        return as_patterns(node for ranked in self.ranking[:top] for node in ranked.nodes)
-
-    def snippet(self, top: int) -> str:
-        """The YAML for a recipe's quantize step."""
-        return yaml.safe_dump(
-            {"exclude": self.exclude(top)}, sort_keys=False, allow_unicode=True, width=10_000
-        )
-
-    def as_json(self, top: int) -> dict[str, Any]:
-        return {
-            "scope": self.scope,
-            "metric": self.metric,
-            "samples": self.samples,
-            "ranking": [ranked.as_json() for ranked in self.ranking],
-            "exclude": self.exclude(top),
-            "notes": self.notes,
-        }
-
-
-def as_patterns(nodes: Iterable[str]) -> list[str]:
-    """Patterns that match these names and, of a name with wildcards in it, nothing else."""
-    return [
-        f"re:{_escaped(node)}" if set(node) & set("*?[") or node.startswith(("re:", "op:")) else node
-        for node in nodes
-    ]
-
-
-def _escaped(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "_/-: " else f"\\{c}" for c in name)
 
 
 def analyze(
@@ -131,36 +67,24 @@ def analyze(
     layers' mean squared error on float inputs. ``patterns`` choose layers. Raises what `quantize` raises, RecipeError
     for an unknown metric.
     """
+    return analyze_as(model, Asked.of(locals()), scope, metric, patterns)
+
+
+def analyze_as(
+    model: str | Path | onnx.ModelProto,
+    asked: Asked,
+    scope: str = "linear",
+    metric: str | None = None,
+    patterns: Sequence[str] = (),
+) -> Analysis:
+    """`analyze`, with the arguments that it shares with `quantize` in one piece; raises the same."""
     known = METRICS.get(scope)
     if known is None:
         raise RecipeError(f"scope '{scope}' is unknown; use one of {', '.join(METRICS)}")
     metric = metric or known[0]
     if metric not in known:
         raise RecipeError(f"metric '{metric}' is unknown for scope '{scope}'; use one of {', '.join(known)}")
-    asked = checked(recipe, target, device, "error", reduce_range, (), ())
-    source = open_model(model)
-    data = open_samples(
-        source,
-        asked.recipe.data,
-        calib_data,
-        samples=samples,
-        stacked=stacked,
-        threads=threads,
-        seed=seed,
-        hold_out=False,
-    )
-    job = Job(
-        source,
-        asked.recipe,
-        asked.target,
-        data.calibration,
-        data.evaluation,
-        device,
-        threads,
-        reduce_range=asked.reduce_range,
-        listener=listener,
-        synthetic=data.synthetic,
-    )
+    job, data = open_job(model, replace(asked, hold_out=False))
     wanted = [Pattern.parse(text) for text in patterns]
     found = _by_spread(job, metric, wanted) if metric in SPREADS else _by_error(job, scope, metric, wanted)
     found.notes[:0] = data.notes
@@ -173,7 +97,7 @@ def _by_spread(job: Job, metric: str, patterns: Sequence[Pattern]) -> Analysis:
     notes: list[str] = []
     graph = float_graph(job, notes)
     layers = _chosen(find_linears(graph)[0], named_layers(job.source, job.recipe, graph), patterns)
-    workspace = Workspace(graph, job.target, job.calibration, job.device, job.threads, listener=job.listener)
+    workspace = job.workspace(graph)
     probes = {layer.node: _spread_probe(layer) for layer in layers}
     stats = workspace.collect(probes.values())
     ranking = []
@@ -244,7 +168,7 @@ def _by_attention(planned: Planned, layers: Sequence[Linear], listener: Listener
         error = board.values(nodes, [output])[output]
         return Ranked(name, nodes, "attention", error.noise / max(error.count, 1))
 
-    return Analysis("attn", "mse", _ranked(list(heads), one, listener), len(samples), planned.notes)
+    return Analysis("attn", "mse", rank(list(heads), one, listener), len(samples), planned.notes)
 
 
 def _feeding(graph: Graph, attention: Attention, layers: Sequence[str]) -> tuple[str, ...]:
@@ -264,33 +188,6 @@ def _feeding(graph: Graph, attention: Attention, layers: Sequence[str]) -> tuple
     return tuple(name for name in layers if name in met)
 
 
-def judging_samples(workspace: Workspace, candidates: int) -> list[Sample]:
-    """Calibration samples for that many candidates: 4 to 16, all candidates together 8 times all samples."""
-    count = int(np.clip(_PASSES * workspace.samples / max(candidates, 1), _FEWEST, _MOST))
-    return list(workspace.part(count).calibration)
-
-
-def rank_by_sqnr(
-    board: Switchboard, entries: Sequence[Entry], listener: Listener | None = None
-) -> list[Ranked]:
-    """Every entry quantized alone, worst first; the score is 10^(-dB/10)."""
-
-    def one(entry: Entry) -> Ranked:
-        sqnr = board.decibels(entry.nodes)
-        return Ranked(entry.name, entry.nodes, entry.layers[0].op, float(10 ** (-sqnr / 10)), sqnr)
-
-    return _ranked(entries, one, listener)
-
-
-def _ranked(entries: Sequence[T], one: Callable[[T], Ranked], listener: Listener | None) -> list[Ranked]:
-    ranking, started = [], time.monotonic()
-    for done, entry in enumerate(entries, 1):
-        ranking.append(one(entry))
-        if listener is not None:
-            listener(Progress("ranking", done, len(entries), time.monotonic() - started))
-    return sorted(ranking, key=lambda ranked: -ranked.score)
-
-
 def _model_wise(
     planned: Planned, blocks: Sequence[Entry], samples: Sequence[Sample], listener: Listener | None
 ) -> list[Ranked]:
@@ -300,7 +197,7 @@ def _model_wise(
         errors = [e for e in board.outputs(block.nodes) if e.is_float and e.count]
         return _block(block, float(np.mean([e.noise / e.count for e in errors])) if errors else 0.0)
 
-    return _ranked(blocks, one, listener)
+    return rank(blocks, one, listener)
 
 
 def _layer_wise(

@@ -24,8 +24,8 @@ ORDER: tuple[frozenset[str], ...] = (
     frozenset({"onnxslim_ptq.workspace"}),
     frozenset({"onnxslim_ptq.steps"}),
     frozenset({"onnxslim_ptq.recipe", "onnxslim_ptq.recipes", "onnxslim_ptq.resolution"}),
-    frozenset({"onnxslim_ptq.samples"}),
-    frozenset({"onnxslim_ptq.asked", "onnxslim_ptq.recorded"}),
+    frozenset({"onnxslim_ptq.asked"}),
+    frozenset({"onnxslim_ptq.samples", "onnxslim_ptq.recorded", "onnxslim_ptq.job"}),
     frozenset({"onnxslim_ptq.analysis"}),
     frozenset({"onnxslim_ptq.pipeline"}),
     frozenset(

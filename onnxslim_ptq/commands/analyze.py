@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from onnxslim_ptq.commands import options as opt
 from onnxslim_ptq.commands.console import Bars, columns, db, emit_json, program, say, warn
-from onnxslim_ptq.commands.options import (
-    Calib,
-    Device,
-    Json,
-    Preprocess,
-    Recipe,
-    ReduceRange,
-    Samples,
-    Seed,
-    Stacked,
-    Target,
-    Threads,
-    Tokenizer,
-)
+from onnxslim_ptq.commands.given import asked_by
 from onnxslim_ptq.commands.preflight import require_samples
 
 if TYPE_CHECKING:
@@ -32,7 +20,6 @@ __all__ = ["analyze"]
 Scope = Annotated[
     str, typer.Argument(metavar="linear|attn|layer", show_default=False, help="What is ranked.")
 ]
-Model = Annotated[Path, typer.Argument(metavar="MODEL", show_default=False, help="The float ONNX model.")]
 Metrics = Annotated[
     str | None,
     typer.Option(
@@ -51,45 +38,31 @@ Patterns = Annotated[
 
 def analyze(
     scope: Scope,
-    model: Model,
-    calib: Calib = None,
+    model: opt.Model,
+    calib: opt.Calib = None,
     metrics: Metrics = None,
     topk: Top = 15,
     pattern: Patterns = None,
-    recipe: Recipe = "w8a8",
-    target: Target = None,
-    device: Device = "cpu",
-    samples: Samples = None,
-    stacked: Stacked = False,
-    preprocess: Preprocess = None,
-    tokenizer: Tokenizer = None,
-    reduce_range: ReduceRange = "auto",
-    threads: Threads = 0,
-    seed: Seed = 0,
-    json: Json = False,
+    recipe: opt.Recipe = "w8a8",
+    target: opt.Target = None,
+    device: opt.Device = "cpu",
+    samples: opt.Samples = None,
+    stacked: opt.Stacked = False,
+    preprocess: opt.Preprocess = None,
+    tokenizer: opt.Tokenizer = None,
+    reduce_range: opt.ReduceRange = "auto",
+    threads: opt.Threads = 0,
+    seed: opt.Seed = 0,
+    json: opt.Json = False,
 ) -> None:
     """Rank layers by what they cost when quantized, worst first, with the lines that leave the worst float."""
-    from onnxslim_ptq.commands.samples import with_data
-    from onnxslim_ptq.sensitivity import analyze as run
+    given = dict(locals())
+    from onnxslim_ptq.sensitivity import analyze_as
 
     require_samples(stacked, calib)
+    asked = asked_by(given)
     with Bars(json) as bars:
-        found = run(
-            model,
-            scope,
-            metrics,
-            calib or None,
-            recipe=with_data(recipe, preprocess, tokenizer),
-            target=target,
-            device=device,
-            samples=samples,
-            stacked=stacked,
-            patterns=pattern or (),
-            reduce_range=reduce_range,
-            threads=threads,
-            seed=seed,
-            listener=bars,
-        )
+        found = analyze_as(model, replace(asked, listener=bars), scope, metrics, pattern or ())
     if json:
         emit_json({**found.as_json(topk), "model": str(model), "exit_code": 0})
     else:

@@ -3,42 +3,21 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from onnxslim_ptq.commands import options as opt
 from onnxslim_ptq.commands.console import Bars, emit_json, program, say, size, warn
-from onnxslim_ptq.commands.options import (
-    AllowQuantized,
-    Calib,
-    Device,
-    Exclude,
-    Include,
-    Json,
-    Nan,
-    Preprocess,
-    Quiet,
-    Ray,
-    Recipe,
-    ReduceRange,
-    Resume,
-    Samples,
-    Stacked,
-    Target,
-    Threads,
-    Tokenizer,
-    Verbose,
-    Workers,
-)
-from onnxslim_ptq.errors import QuantizationError
+from onnxslim_ptq.commands.given import asked_by
 
 if TYPE_CHECKING:
     from calib.saved.store import Statistics
 
 __all__ = ["calibrate", "say_statistics", "show_statistics"]
 
-Model = Annotated[Path, typer.Argument(metavar="MODEL", show_default=False, help="The float ONNX model.")]
 Out = Annotated[Path, typer.Argument(metavar="STATS", show_default=False, help="The file to write.")]
 NoHoldOut = Annotated[
     bool,
@@ -58,64 +37,42 @@ Keep = Annotated[
 
 
 def calibrate(
-    model: Model,
+    model: opt.Model,
     out: Out,
-    recipe: Recipe = "w8a8",
-    calib: Calib = None,
-    samples: Samples = None,
-    stacked: Stacked = False,
-    preprocess: Preprocess = None,
-    tokenizer: Tokenizer = None,
+    recipe: opt.Recipe = "w8a8",
+    calib: opt.Calib = None,
+    samples: opt.Samples = None,
+    stacked: opt.Stacked = False,
+    preprocess: opt.Preprocess = None,
+    tokenizer: opt.Tokenizer = None,
     no_hold_out: NoHoldOut = False,
     keep_samples: Keep = 64.0,
-    workers: Workers = None,
-    ray: Ray = None,
-    resume: Resume = None,
-    device: Device = "cpu",
-    target: Target = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    nan: Nan = "error",
-    reduce_range: ReduceRange = "auto",
-    allow_quantized: AllowQuantized = False,
-    threads: Threads = 0,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    workers: opt.Workers = None,
+    ray: opt.Ray = None,
+    resume: opt.Resume = None,
+    device: opt.Device = "cpu",
+    target: opt.Target = None,
+    include: opt.Include = None,
+    exclude: opt.Exclude = None,
+    nan: opt.Nan = "error",
+    reduce_range: opt.ReduceRange = "auto",
+    allow_quantized: opt.AllowQuantized = False,
+    threads: opt.Threads = 0,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
 ) -> None:
     """Gather the statistics that quantize needs with the same options, and save them: quantize --stats STATS."""
+    given = {**locals(), "hold_out": not no_hold_out}
     from calib.saved.container import require_place
-    from onnxslim_ptq.calibration import calibrate as run
-    from onnxslim_ptq.commands.samples import with_data
+    from onnxslim_ptq.calibration import calibrate_as
     from onnxslim_ptq.export.check import source_files
 
-    loaded = with_data(recipe, preprocess, tokenizer)
-    if not calib and not loaded.data.sets:
-        raise QuantizationError("calibrate needs samples; give them with --calib")
+    asked = asked_by(given)
     if model.is_file():  # else opening it says what is wrong
         require_place(out, source_files(model))
     with Bars(quiet) as bars:
-        found = run(
-            model,
-            loaded,
-            calib or None,
-            target=target,
-            device=device,
-            samples=samples,
-            stacked=stacked,
-            hold_out=not no_hold_out,
-            keep_bytes=int(keep_samples * 2**20),
-            include=include or (),
-            exclude=exclude or (),
-            nan=nan,
-            reduce_range=reduce_range,
-            allow_quantized=allow_quantized,
-            threads=threads,
-            workers=workers,
-            ray=ray,
-            resume=resume,
-            listener=bars,
-        )
+        found = calibrate_as(model, replace(asked, listener=bars), int(keep_samples * 2**20))
         found.save(out)
     if found.kept.reason:
         warn(

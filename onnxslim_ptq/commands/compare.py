@@ -10,17 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from onnxslim_ptq.commands import options as opt
 from onnxslim_ptq.commands.console import Bars, columns, db, emit_json, say, warn
-from onnxslim_ptq.commands.options import (
-    Calib,
-    Json,
-    Preprocess,
-    Samples,
-    Stacked,
-    Threads,
-    Tokenizer,
-    Verbose,
-)
+from onnxslim_ptq.commands.given import asked_by
 from onnxslim_ptq.errors import QuantizationError
 
 if TYPE_CHECKING:
@@ -57,34 +49,33 @@ Recipe = Annotated[
 def compare(
     exact: Float,
     quantized: Quant,
-    calib: Calib = None,
+    calib: opt.Calib = None,
     evaluation: Eval = None,
-    samples: Samples = None,
-    stacked: Stacked = False,
+    samples: opt.Samples = None,
+    stacked: opt.Stacked = False,
     recipe: Recipe = "w8a8",
-    preprocess: Preprocess = None,
-    tokenizer: Tokenizer = None,
-    threads: Threads = 0,
-    json: Json = False,
-    verbose: Verbose = False,
+    preprocess: opt.Preprocess = None,
+    tokenizer: opt.Tokenizer = None,
+    threads: opt.Threads = 0,
+    json: opt.Json = False,
+    verbose: opt.Verbose = False,
 ) -> None:
     """Measure QUANT against FLOAT: error of outputs and layers (SQNR, more dB is better), speed.
 
     Measures on --eval, or on the samples of --calib that quantize holds out.
     """
-    from onnxslim_ptq.commands.samples import with_data
-
-    data_section = with_data(recipe, preprocess, tokenizer).data
-    if not calib and not evaluation and not data_section.sets:
-        raise QuantizationError("compare needs samples; give the --calib that quantize got, or --eval")
+    given = dict(locals())
     from calib.model import open_model
     from onnxslim_ptq.analysis.compare import compare_models
+    from onnxslim_ptq.recipe import Recipe
     from onnxslim_ptq.samples import measured_samples
 
+    asked = asked_by(given)
+    loaded = Recipe.load(asked.recipe)
+    if not calib and not evaluation and not loaded.data.sets:
+        raise QuantizationError("compare needs samples; give the --calib that quantize got, or --eval")
     source, result = open_model(exact), open_model(quantized)
-    data, measured_on = measured_samples(
-        source, data_section, calib or None, evaluation, samples=samples, stacked=stacked
-    )
+    data, measured_on = measured_samples(source, loaded, asked)
     with Bars(json) as bars:
         found = compare_models(source, result, data, threads=threads, listener=bars)
     if json:

@@ -6,24 +6,17 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from calib.model import open_model
-from calib.provider import require_device
+from onnxslim_ptq.asked import Asked
 from onnxslim_ptq.commands.console import emit_json, say, size
-from onnxslim_ptq.commands.summary import cache_line, cpu_line, float_lines, reduced
-from onnxslim_ptq.core.targets import TARGETS
-from onnxslim_ptq.errors import RecipeError
+from onnxslim_ptq.commands.summary import cache_line, cpu_line, float_lines
 from onnxslim_ptq.export.check import source_files
 from onnxslim_ptq.export.files import AtomicFiles, output_paths
-from onnxslim_ptq.pipeline import Job, _choices, float_graph
-from onnxslim_ptq.recipe import Recipe
-from onnxslim_ptq.recorded import recorded_samples
-from onnxslim_ptq.samples import open_samples
+from onnxslim_ptq.job import Job, open_job
+from onnxslim_ptq.pipeline import choices, float_graph
 from onnxslim_ptq.steps import kv_cache
 from onnxslim_ptq.steps.fusing import dry_placement
 from onnxslim_ptq.steps.placement import Placement
-from onnxslim_ptq.workspace import Workspace
 
 __all__ = ["show_plan"]
 
@@ -39,17 +32,14 @@ class _Plan:
     pasts: list[str]
 
 
-def show_plan(
-    model: Path, out: Path, settings: Mapping[str, Any], *, external: bool, as_json: bool, verbose: bool
-) -> None:
+def show_plan(model: Path, out: Path, asked: Asked, *, external: bool, as_json: bool, verbose: bool) -> None:
     """Print which layers would be quantized, which stay float and why, and the files that would be written."""
-    plan = _plan(model, settings)
+    plan = _plan(model, asked)
     paths = output_paths(out, model.stem, plan.job.recipe.quant_type)
     with AtomicFiles(paths, source_files(model)):
         pass  # OUT can be written and is no input
     large = external or plan.job.source.nbytes > 2**31
     files = [p for p in (paths.model, paths.data if large else None, paths.json) if p is not None]
-    reduce_range = reduced(plan.job.target.name, settings["reduce_range"])
     if as_json:
         emit_json(
             {
@@ -62,54 +52,28 @@ def show_plan(
                 "calibration_samples": plan.samples,
                 "evaluation_samples": len(plan.job.evaluation),
                 "measured_on": plan.measured_on,
-                "reduce_range": reduce_range,
+                "reduce_range": plan.job.reduce_range,
                 "notes": plan.notes,
                 "exit_code": 0,
             }
         )
         return
-    _say(plan, files, reduce_range, verbose)
+    _say(plan, files, verbose)
 
 
-def _plan(model: Path, settings: Mapping[str, Any]) -> _Plan:
-    recipe = Recipe.load(settings["recipe"]).with_patterns(
-        include=settings["include"], exclude=settings["exclude"]
-    )
-    target = TARGETS.get(settings["target"] or recipe.target)
-    if target is None:
-        raise RecipeError(
-            f"target '{settings['target'] or recipe.target}' is unknown; use one of {', '.join(TARGETS)}"
-        )
-    require_device(settings["device"])
-    source = open_model(model)
-    section, calib, measured = (recipe.data, settings["calib_data"], settings["eval_data"])
-    same = {name: settings[name] for name in ("samples", "stacked", "threads")}
-    drawn = {name: settings[name] for name in ("shapes", "ranges", "seed")}
-    if settings["stats"] is not None:
-        data = recorded_samples(source, settings["stats"], section, calib, measured, **same)
-    else:
-        data = open_samples(source, section, calib, measured, tag=recipe.tag, **same, **drawn)
-    job = Job(
-        source,
-        recipe,
-        target,
-        data.calibration,
-        data.evaluation,
-        settings["device"],
-        settings["threads"],
-        allow_quantized=settings["allow_quantized"],
-    )
+def _plan(model: Path, asked: Asked) -> _Plan:
+    job, data = open_job(model, asked)
     notes = data.notes
     graph = float_graph(job, notes)
-    layers, skipped = _choices(job, graph)
-    workspace = Workspace(graph, target, job.calibration, job.device, job.threads)
+    layers, skipped = choices(job, graph)
+    workspace = job.workspace(graph)
     placement = dry_placement(workspace, layers)
-    pasts = [pair.past for pair, _ in kv_cache.chosen(graph, recipe.caches, target)]
+    pasts = [pair.past for pair, _ in kv_cache.chosen(graph, job.recipe.caches, job.target)]
     floats = {**skipped, **placement.skipped}
     return _Plan(job, placement, floats, notes + graph.notes, data.measured_on, data.samples, pasts)
 
 
-def _say(plan: _Plan, files: list[Path], reduce_range: bool, verbose: bool) -> None:
+def _say(plan: _Plan, files: list[Path], verbose: bool) -> None:
     layers = [layer for layer, _ in plan.placement.layers.values()]
     kinds = ", ".join(f"{n} {op}" for op, n in Counter(layer.op for layer in layers).most_common())
     say("dry run: nothing was calibrated or written")
@@ -127,7 +91,7 @@ def _say(plan: _Plan, files: list[Path], reduce_range: bool, verbose: bool) -> N
         + (" of synthetic data" if plan.measured_on == "synthetic" else "")
         + f"; result measured on {len(plan.job.evaluation)} ({plan.measured_on})"
     )
-    say(cpu_line(reduce_range))
+    say(cpu_line(plan.job.reduce_range))
     for text in plan.notes:
         say(f"note: {text}")
     say(f"would write: {', '.join(map(str, files))}")

@@ -7,18 +7,14 @@ from typing import Annotated
 
 import typer
 
+from onnxslim_ptq.commands import options as opt
 from onnxslim_ptq.commands.console import emit_json, say
-from onnxslim_ptq.commands.options import Json, Quiet, Target
 from onnxslim_ptq.errors import QuantizationError
 
 __all__ = ["export"]
 
 Quant = Annotated[
     Path, typer.Argument(metavar="QUANT", show_default=False, help="A model that quantize wrote.")
-]
-Out = Annotated[
-    Path,
-    typer.Argument(metavar="OUT", show_default=False, help="The file to write (ends in .onnx), or a folder."),
 ]
 Float = Annotated[
     Path | None,
@@ -51,13 +47,13 @@ Triton = Annotated[
 
 def export(
     quantized: Quant,
-    out: Out,
-    target: Target = None,
+    out: opt.Out,
+    target: opt.Target = None,
     exact: Float = None,
     triton: Triton = None,
     shape: Shape = None,
-    json: Json = False,
-    quiet: Quiet = False,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
 ) -> None:
     """Render QUANT for another target from the integers it holds, check it against QUANT, write OUT and its JSON."""
     from calib.readers import parse_shape

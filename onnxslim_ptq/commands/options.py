@@ -14,7 +14,9 @@ __all__ = [
     "Exclude",
     "Include",
     "Json",
+    "Model",
     "Nan",
+    "Out",
     "Preprocess",
     "Quiet",
     "Ray",
@@ -31,6 +33,11 @@ __all__ = [
     "Workers",
 ]
 
+Model = Annotated[Path, typer.Argument(metavar="MODEL", show_default=False, help="The float ONNX model.")]
+Out = Annotated[
+    Path,
+    typer.Argument(metavar="OUT", show_default=False, help="The file to write (ends in .onnx), or a folder."),
+]
 Calib = Annotated[
     list[Path] | None,
     typer.Option(

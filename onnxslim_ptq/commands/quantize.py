@@ -4,42 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from calib import devices
+from onnxslim_ptq.commands import options as opt
 from onnxslim_ptq.commands.console import Bars, warn
-from onnxslim_ptq.commands.options import (
-    AllowQuantized,
-    Calib,
-    Device,
-    Exclude,
-    Include,
-    Json,
-    Nan,
-    Preprocess,
-    Quiet,
-    Ray,
-    Recipe,
-    ReduceRange,
-    Resume,
-    Samples,
-    Seed,
-    Stacked,
-    Target,
-    Threads,
-    Tokenizer,
-    Verbose,
-    Workers,
-)
+from onnxslim_ptq.commands.given import asked_by
 from onnxslim_ptq.commands.preflight import require_page, require_place, require_samples
 from onnxslim_ptq.commands.session import asked_files, with_session
 from onnxslim_ptq.errors import DeviceError, QuantizationError
 
 if TYPE_CHECKING:
     from onnxslim_ptq.api import Result
+    from onnxslim_ptq.asked import Asked
     from onnxslim_ptq.commands.samples import Again
     from onnxslim_ptq.commands.summary import Summary
     from onnxslim_ptq.commands.worst import Look
@@ -50,11 +31,6 @@ __all__ = ["quantize"]
 _DOUBTFUL_DB = 12.0
 _LOOKED_AT = 8  # samples that tell about layers
 
-Model = Annotated[Path, typer.Argument(metavar="MODEL", show_default=False, help="The float ONNX model.")]
-Out = Annotated[
-    Path,
-    typer.Argument(metavar="OUT", show_default=False, help="The file to write (ends in .onnx), or a folder."),
-]
 Eval = Annotated[
     Path | None,
     typer.Option(
@@ -112,37 +88,37 @@ Weights = Annotated[
 
 
 def quantize(
-    model: Model,
-    out: Out,
-    recipe: Recipe = "w8a8",
-    calib: Calib = None,
+    model: opt.Model,
+    out: opt.Out,
+    recipe: opt.Recipe = "w8a8",
+    calib: opt.Calib = None,
     evaluation: Eval = None,
-    samples: Samples = None,
-    stacked: Stacked = False,
-    preprocess: Preprocess = None,
-    tokenizer: Tokenizer = None,
+    samples: opt.Samples = None,
+    stacked: opt.Stacked = False,
+    preprocess: opt.Preprocess = None,
+    tokenizer: opt.Tokenizer = None,
     stats: Stats = None,
-    workers: Workers = None,
-    ray: Ray = None,
-    resume: Resume = None,
+    workers: opt.Workers = None,
+    ray: opt.Ray = None,
+    resume: opt.Resume = None,
     blockwise: Blockwise = False,
     shape: Shape = None,
     value_range: Range = None,
-    device: Device = "cpu",
-    target: Target = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    nan: Nan = "error",
-    reduce_range: ReduceRange = "auto",
+    device: opt.Device = "cpu",
+    target: opt.Target = None,
+    include: opt.Include = None,
+    exclude: opt.Exclude = None,
+    nan: opt.Nan = "error",
+    reduce_range: opt.ReduceRange = "auto",
     min_sqnr: MinSqnr = 6.0,
-    allow_quantized: AllowQuantized = False,
+    allow_quantized: opt.AllowQuantized = False,
     external_data: External = False,
-    seed: Seed = 0,
-    threads: Threads = 0,
+    seed: opt.Seed = 0,
+    threads: opt.Threads = 0,
     dry_run: DryRun = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
     report: Report = None,
     weights: Weights = False,
 ) -> None:
@@ -151,51 +127,29 @@ def quantize(
     _check_values(device, min_sqnr)
     _check_combinations(given)
     given = with_session(given)
-    settings = _settings(given)
+    asked = asked_by(given)
     if dry_run:
         from onnxslim_ptq.commands.dry_run import show_plan
 
-        show_plan(model, out, settings, external=external_data, as_json=json, verbose=verbose)
+        show_plan(model, out, asked, external=external_data, as_json=json, verbose=verbose)
     else:
         from onnxslim_ptq.commands.samples import Again
 
-        again = Again.of(given)
         files = asked_files(given)
-        _run(model, out, settings, again, external_data, files, report, json, quiet, verbose)
+        _run(model, out, asked, _Wanted(Again.of(given), files, external_data, report, json, quiet, verbose))
 
 
-def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of ``onnxslim_ptq.quantize``."""
-    from calib.readers import parse_range, parse_shape
-    from calib.saved.store import Statistics
-    from onnxslim_ptq.commands.samples import with_data
+@dataclass(frozen=True)
+class _Wanted:
+    """What is written beside the model, and what is told; ``again`` for the commands that it suggests."""
 
-    same = (
-        "workers",
-        "ray",
-        "resume",
-        "blockwise",
-        "target",
-        "device",
-        "samples",
-        "stacked",
-        "nan",
-        "reduce_range",
-        "min_sqnr",
-        "threads",
-        "seed",
-    )
-    return {
-        **{name: given[name] for name in (*same, "allow_quantized")},
-        "recipe": with_data(given["recipe"], given["preprocess"], given["tokenizer"]),
-        "calib_data": given["calib"] or None,
-        "eval_data": given["evaluation"],
-        "stats": Statistics.load(given["stats"]) if given["stats"] else None,
-        "shapes": dict(map(parse_shape, given["shape"] or ())),
-        "ranges": dict(map(parse_range, given["value_range"] or ())),
-        "include": given["include"] or (),
-        "exclude": given["exclude"] or (),
-    }
+    again: Again
+    files: WeightFiles | None
+    external: bool
+    report: Path | None
+    json: bool
+    quiet: bool
+    verbose: bool
 
 
 def _check_values(device: str, min_sqnr: float) -> None:
@@ -224,41 +178,33 @@ def _check_combinations(given: Mapping[str, Any]) -> None:
     require_samples(given["stacked"], given["calib"], given["evaluation"])
 
 
-def _run(
-    model: Path,
-    out: Path,
-    settings: dict[str, Any],
-    again: Again,
-    external: bool,
-    files: WeightFiles | None,
-    report: Path | None,
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
-) -> None:
-    from onnxslim_ptq.api import quantize as run
+def _run(model: Path, out: Path, asked: Asked, wanted: _Wanted) -> None:
+    from onnxslim_ptq.api import quantize_as
     from onnxslim_ptq.commands.summary import Summary
     from onnxslim_ptq.commands.worst import look_closer, worst_layers
+    from onnxslim_ptq.recipe import Recipe
 
-    recipe = settings["recipe"]  # loaded by `_settings`
-    require_place(model, out, settings["device"], recipe.quant_type)
-    data_free = settings["calib_data"] is None and not recipe.data.sets and settings["stats"] is None
+    recipe = Recipe.load(asked.recipe)
+    require_place(model, out, asked.device, recipe.quant_type)
+    data_free = asked.calib_data is None and not recipe.data.sets and asked.stats is None
     if data_free and model.is_file() and recipe.needs_ranges:
         warn(
             "no --calib: activation ranges come from synthetic samples (random numbers), not from real data; "
             "accuracy on real inputs is unknown"
         )
-    with Bars(quiet) as bars:
-        result = run(model, **settings, listener=bars)
+    report = wanted.report
+    with Bars(wanted.quiet) as bars:
+        result = quantize_as(model, replace(asked, listener=bars))
         sqnr = result.metrics["sqnr_db"]
         doubtful = sqnr is not None and sqnr < _DOUBTFUL_DB
         # Comparing layers runs the whole model, for which there is no room block-wise.
-        wanted = 0 if result.blockwise else _LOOKED_AT if doubtful or report else 0 if quiet or as_json else 1
-        look = look_closer(result, settings, wanted, latency=report is not None) if wanted else None
-        facts = _facts(result, look, settings) if report is not None else None
+        silent = wanted.quiet or wanted.json
+        count = 0 if result.blockwise else _LOOKED_AT if doubtful or report else 0 if silent else 1
+        look = look_closer(result, asked, count, latency=report is not None) if count else None
+        facts = _facts(result, look, asked.threads) if report is not None else None
         # Last: an interruption before leaves nothing at OUT.
-        paths = result.save(out, external_data=external, weights=files)
-    summary = Summary(result, paths, settings, again, look.worst() if look is not None else [])
+        paths = result.save(out, external_data=wanted.external, weights=wanted.files)
+    summary = Summary(result, paths, asked, wanted.again, look.worst() if look is not None else [])
     if report is not None:
         summary.warnings += _write_report(facts, summary, report)
     if doubtful:
@@ -266,18 +212,18 @@ def _run(
         summary.warnings.append(f"output '{summary.worst_output}' reaches only {sqnr:.1f} dB SQNR. {advice}")
     for text in summary.warnings:
         warn(text)
-    if as_json:
+    if wanted.json:
         summary.show_json()
-    elif not quiet:
-        summary.show(verbose)
+    elif not wanted.quiet:
+        summary.show(wanted.verbose)
 
 
-def _facts(result: Result, look: Look | None, settings: dict[str, Any]) -> dict[str, Any] | None:
+def _facts(result: Result, look: Look | None, threads: int) -> dict[str, Any] | None:
     if look is None:
         return None
     from onnxslim_ptq.reporting import gather_facts
 
-    return gather_facts(result, look.comparison, look.samples, nbytes=(0, 0), threads=settings["threads"])
+    return gather_facts(result, look.comparison, look.samples, nbytes=(0, 0), threads=threads)
 
 
 def _write_report(facts: dict[str, Any] | None, summary: Summary, path: Path) -> list[str]:

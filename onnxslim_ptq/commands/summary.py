@@ -7,11 +7,12 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from onnxslim_ptq.asked import Asked, reduced
 from onnxslim_ptq.commands.console import db, emit_json, program, say, size
 from onnxslim_ptq.core.targets import TARGETS
-from onnxslim_ptq.cpu import int8_features, saturates
+from onnxslim_ptq.cpu import int8_features
 
 if TYPE_CHECKING:
     from onnxslim_ptq.api import Result
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from onnxslim_ptq.export.files import OutputPaths
     from onnxslim_ptq.recipe import Recipe
 
-__all__ = ["MEASURED_ON", "Summary", "cache_line", "cpu_line", "float_lines", "reduced"]
+__all__ = ["MEASURED_ON", "Summary", "cache_line", "cpu_line", "float_lines"]
 
 _FEW, _FEW_OF_EACH = 8, 3
 MEASURED_ON = {
@@ -36,7 +37,7 @@ class Summary:
 
     result: Result
     paths: OutputPaths
-    settings: Mapping[str, Any]
+    asked: Asked
     again: Again
     worst: list[tuple[str, float]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -54,6 +55,11 @@ class Summary:
         return self.result.source.nbytes, sum(path.stat().st_size for path in written)
 
     @property
+    def reduced(self) -> bool:
+        """Whether weights were limited to 7 bits."""
+        return reduced(TARGETS[self.result.context.target], self.asked.reduce_range)
+
+    @property
     def worst_output(self) -> str | None:
         known = {
             n: e["sqnr_db"]
@@ -64,7 +70,6 @@ class Summary:
 
     def show(self, verbose: bool) -> None:
         before, after = self.nbytes
-        target = self.result.context.target
         ratio = before / max(after, 1)
         say(f"wrote {self.paths.model}  {size(before)} float -> {size(after)} int8 ({ratio:.1f} x smaller)")
         for kind, path in self.files.items():
@@ -76,7 +81,7 @@ class Summary:
             say(line)
         for line in self._worst_lines():
             say(line)
-        say(cpu_line(reduced(target, self.settings["reduce_range"])))
+        say(cpu_line(self.reduced))
         notes = [text for text in self.result.notes if text not in self.warnings]
         for text in notes if verbose else notes[:_FEW]:
             say(f"note: {text}")
@@ -116,7 +121,7 @@ class Summary:
         """The layers with the largest error of their own, and what leaves them float."""
         if not self.worst:
             return []
-        from onnxslim_ptq.sensitivity import as_patterns
+        from onnxslim_ptq.analysis.ranking import as_patterns
 
         named = ", ".join(f"{node} {db(sqnr)}" for node, sqnr in self.worst)
         options = " ".join(f"--exclude {shlex.quote(text)}" for text in as_patterns(n for n, _ in self.worst))
@@ -126,31 +131,30 @@ class Summary:
         """The command that finds a result 3 dB better."""
         goal = math.ceil(min(self.result.metrics["sqnr_db"] or 0.0, 90.0) + 3)
         models = " ".join(shlex.quote(str(p)) for p in (self.result.source.path, self.paths.model))
-        stacked = " --stacked" if self.settings["stacked"] else ""
+        stacked = " --stacked" if self.asked.stacked else ""
         return f'{program()} tune {models}{self._calib()}{stacked}{self.again.form} --goal "sqnr>={goal}"'
 
     def _calib(self) -> str:
-        given = self.settings["calib_data"] or (() if self.result.recipe.data.sets else ("SAMPLES",))
+        given = self.asked.calib_data or (() if self.result.recipe.data.sets else ("SAMPLES",))
         return "".join(f" --calib {shlex.quote(str(p))}" for p in given)
 
     def next(self) -> str:
         samples = self._calib()
-        if self.settings["eval_data"]:
-            samples = f" --eval {shlex.quote(str(self.settings['eval_data']))}"
+        if self.asked.eval_data:
+            samples = f" --eval {shlex.quote(str(self.asked.eval_data))}"
         models = " ".join(shlex.quote(str(p)) for p in (self.result.source.path, self.paths.model))
-        stacked = " --stacked" if self.settings["stacked"] else ""
+        stacked = " --stacked" if self.asked.stacked else ""
         return (
             f"{program()} compare {models}{samples}{stacked}{self.again.data}  (error of each layer, speed)"
         )
 
     def show_json(self) -> None:
         before, after = self.nbytes
-        target = self.result.context.target
         emit_json(
             {
                 "files": {kind: str(path) for kind, path in self.files.items()},
                 "bytes": {"float": before, "quantized": after},
-                "target": target,
+                "target": self.result.context.target,
                 "device": self.result.context.calibration.device,
                 "layers": {
                     "quantized": sorted({use.node for use in self.result.plan.weights}),
@@ -158,20 +162,12 @@ class Summary:
                 },
                 "kv_cache": [change.pair.past for change in self.result.plan.io],
                 "metrics": {**self.result.metrics, "worst_output": self.worst_output},
-                "cpu": {
-                    "int8_features": int8_features(),
-                    "reduce_range": reduced(target, self.settings["reduce_range"]),
-                },
+                "cpu": {"int8_features": int8_features(), "reduce_range": self.reduced},
                 "notes": self.result.notes,
                 "warnings": self.warnings,
                 "exit_code": 0,
             }
         )
-
-
-def reduced(target: str, option: str) -> bool:
-    """Whether weights were limited to 7 bits: ``auto`` asks the processor when it is the target."""
-    return option == "on" or (option == "auto" and TARGETS[target].optimizes_here and saturates())
 
 
 def cpu_line(reduce_range: bool) -> str:

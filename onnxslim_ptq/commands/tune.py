@@ -6,26 +6,15 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from onnxslim_ptq.commands import options as opt
 from onnxslim_ptq.commands.console import Bars, columns, db, emit_json, program, say, warn
-from onnxslim_ptq.commands.options import (
-    Calib,
-    Device,
-    Json,
-    Preprocess,
-    Recipe,
-    ReduceRange,
-    Samples,
-    Seed,
-    Stacked,
-    Target,
-    Threads,
-    Tokenizer,
-)
+from onnxslim_ptq.commands.given import asked_by
 from onnxslim_ptq.commands.preflight import require_place, require_samples
 from onnxslim_ptq.errors import QuantizationError
 
@@ -36,11 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["GOAL_MISSED", "load_evaluator", "tune"]
 
 GOAL_MISSED = 5
-Model = Annotated[Path, typer.Argument(metavar="MODEL", show_default=False, help="The float ONNX model.")]
-Out = Annotated[
-    Path,
-    typer.Argument(metavar="OUT", show_default=False, help="The file to write (ends in .onnx), or a folder."),
-]
 GoalText = Annotated[
     str,
     typer.Option(
@@ -83,60 +67,46 @@ HistoryFile = Annotated[
 
 
 def tune(
-    model: Model,
-    out: Out,
+    model: opt.Model,
+    out: opt.Out,
     goal: GoalText,
-    calib: Calib = None,
+    calib: opt.Calib = None,
     evaluation: Eval = None,
     evaluator: EvaluatorName = None,
     max_time: MaxTime = None,
     history: HistoryFile = None,
-    recipe: Recipe = "w8a8",
-    target: Target = None,
-    device: Device = "cpu",
-    samples: Samples = None,
-    stacked: Stacked = False,
-    preprocess: Preprocess = None,
-    tokenizer: Tokenizer = None,
-    reduce_range: ReduceRange = "auto",
-    threads: Threads = 0,
-    seed: Seed = 0,
-    json: Json = False,
+    recipe: opt.Recipe = "w8a8",
+    target: opt.Target = None,
+    device: opt.Device = "cpu",
+    samples: opt.Samples = None,
+    stacked: opt.Stacked = False,
+    preprocess: opt.Preprocess = None,
+    tokenizer: opt.Tokenizer = None,
+    reduce_range: opt.ReduceRange = "auto",
+    threads: opt.Threads = 0,
+    seed: opt.Seed = 0,
+    json: opt.Json = False,
 ) -> int:
     """Find the recipe and the fewest float layers that reach a goal; write the model, its JSON and the recipe.
 
     Exit code 5 when the goal was missed: the best result is then in OUT.best.
     """
+    given = dict(locals())
     import yaml
 
     from onnxslim_ptq.analysis.goal import Goal
-    from onnxslim_ptq.commands.samples import with_data
-    from onnxslim_ptq.tuning import tune as run
+    from onnxslim_ptq.recipe import Recipe
+    from onnxslim_ptq.tuning import tune_as
 
     require_samples(stacked, calib, evaluation)
     wanted = Goal.parse(goal)
-    loaded = with_data(recipe, preprocess, tokenizer)
+    asked = asked_by(given)
     own = load_evaluator(evaluator) if evaluator else None
-    require_place(model, out, device, loaded.quant_type)
+    require_place(model, out, device, Recipe.load(asked.recipe).quant_type)
+    trials = history or out.with_name(f"{out.name}.tune.jsonl")
     with Bars(json) as bars:
-        found = run(
-            model,
-            wanted,
-            calib or None,
-            recipe=loaded,
-            evaluator=own,
-            max_time=max_time,
-            history=history or out.with_name(f"{out.name}.tune.jsonl"),
-            target=target,
-            device=device,
-            eval_data=evaluation,
-            samples=samples,
-            stacked=stacked,
-            reduce_range=reduce_range,
-            threads=threads,
-            seed=seed,
-            listener=bars,
-        )
+        asked = replace(asked, listener=bars)
+        found = tune_as(model, wanted, asked, evaluator=own, max_time=max_time, history=trials)
         place = out if found.met else out.with_name(f"{out.name}.best")
         paths = found.result.save(place)
         written = paths.model.with_name(paths.model.name.removesuffix(".onnx") + ".recipe.yaml")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from onnxslim_ptq.commands.console import db, program
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from calib.types import Sample
     from onnxslim_ptq.analysis.compare import Comparison
     from onnxslim_ptq.api import Result
+    from onnxslim_ptq.asked import Asked
 
 __all__ = ["Look", "look_closer", "worst_layers"]
 
@@ -35,28 +36,17 @@ class Look:
         return sorted(known, key=lambda pair: pair[1])[:_WORST]
 
 
-def look_closer(
-    result: Result, settings: dict[str, Any], count: int, *, latency: bool = False
-) -> Look | None:
+def look_closer(result: Result, asked: Asked, count: int, *, latency: bool = False) -> Look | None:
     """Compare the layers on ``count`` samples; None where they cannot be compared."""
     from calib.errors import QuantizationError
     from calib.readers import take
     from onnxslim_ptq.analysis.compare import compare_models
-    from onnxslim_ptq.recorded import recorded_samples
-    from onnxslim_ptq.samples import open_samples
+    from onnxslim_ptq.job import samples_of
 
-    section, calib, measured = (result.recipe.data, settings["calib_data"], settings["eval_data"])
-    same = {name: settings[name] for name in ("samples", "stacked", "threads")}
-    drawn = {name: settings[name] for name in ("shapes", "ranges", "seed")}
     try:
-        if settings["stats"] is not None:
-            found = recorded_samples(result.source, settings["stats"], section, calib, measured, **same)
-        else:
-            tag = result.recipe.tag
-            found = open_samples(result.source, section, calib, measured, tag=tag, **same, **drawn)
-        samples = list(take(found.evaluation, count))
+        samples = list(take(samples_of(result.source, result.recipe, asked).evaluation, count))
         compared = compare_models(
-            result.source, result.quantized, samples, threads=settings["threads"], latency=latency
+            result.source, result.quantized, samples, threads=asked.threads, latency=latency
         )
     except QuantizationError:
         return None

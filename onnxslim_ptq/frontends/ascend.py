@@ -30,9 +30,10 @@ from onnxslim_ptq.export.renderers import RENDERERS
 from onnxslim_ptq.graph.convert import in_order
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.linears import Linear, find_linears
-from onnxslim_ptq.graph.opset import raise_opset
+from onnxslim_ptq.graph.opset import PER_CHANNEL_OPSET, raise_opset
 from onnxslim_ptq.graph.optimize import PASSES, optimize
-from onnxslim_ptq.pipeline import Job, Planned, make_plan
+from onnxslim_ptq.job import Job
+from onnxslim_ptq.pipeline import Planned, make_plan
 from onnxslim_ptq.recipe import Recipe
 from onnxslim_ptq.steps.fusing import leave_float
 
@@ -125,7 +126,7 @@ def exactly(names: Iterable[str]) -> list[str]:
 
 def layers_of(source: Model, passes: Collection[str] | None, ops: Collection[str]) -> list[Linear]:
     """The layers of those operators as they will be found, in the order of execution; GraphError when there is none."""
-    graph = Graph(raise_opset(source, 13))
+    graph = Graph(raise_opset(source, PER_CHANNEL_OPSET))
     # What is folded into weights neither makes nor names a layer.
     optimize(graph, set(PASSES if passes is None else passes) - {"batchnorm", "affine"})
     place = {

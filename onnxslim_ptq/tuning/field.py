@@ -14,12 +14,13 @@ from onnxslim_ptq.analysis.entries import Entry, entries_of, macs_of
 from onnxslim_ptq.analysis.fallback import cheapest, fewest_in_order
 from onnxslim_ptq.analysis.goal import Goal
 from onnxslim_ptq.analysis.metrics import first_top1, worst_sqnr
+from onnxslim_ptq.analysis.ranking import as_patterns, rank_by_sqnr
 from onnxslim_ptq.analysis.switchboard import Switchboard
 from onnxslim_ptq.analysis.trials import Trial
 from onnxslim_ptq.graph.linears import find_linears
-from onnxslim_ptq.pipeline import Job, Planned, make_plan
+from onnxslim_ptq.job import Job
+from onnxslim_ptq.pipeline import Planned, make_plan
 from onnxslim_ptq.recipe import Recipe
-from onnxslim_ptq.sensitivity import as_patterns, rank_by_sqnr
 
 __all__ = ["Field", "macs_by_layer", "slack"]
 

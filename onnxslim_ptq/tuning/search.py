@@ -7,32 +7,32 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import onnx
 
-from calib.model import open_model
 from calib.runner import Listener
 from onnxslim_ptq import __version__
 from onnxslim_ptq.analysis.goal import OWN, Goal
 from onnxslim_ptq.analysis.latency import measure_latency
 from onnxslim_ptq.analysis.trials import History, Trial, key_of, pareto
-from onnxslim_ptq.api import Result, quantize
-from onnxslim_ptq.asked import checked
+from onnxslim_ptq.api import Result, quantize_as
+from onnxslim_ptq.asked import Asked
 from onnxslim_ptq.errors import GraphError, QuantizationError, RecipeError, VerificationError
 from onnxslim_ptq.export.renderers import RENDERERS
-from onnxslim_ptq.pipeline import Job
+from onnxslim_ptq.job import Job, open_job
 from onnxslim_ptq.recipe import Recipe
 from onnxslim_ptq.recipes.data import without_folders
-from onnxslim_ptq.samples import Samples, open_samples
+from onnxslim_ptq.samples import Samples
 from onnxslim_ptq.tuning.changes import CHANGES
 from onnxslim_ptq.tuning.field import Field, macs_by_layer, slack
 
-__all__ = ["Tuned", "tune"]
+__all__ = ["Tuned", "tune", "tune_as"]
 
 Evaluator = Callable[[str], float]
+_DECIDING = ("samples", "stacked", "seed", "threads", "target", "device", "reduce_range", "min_sqnr")
 _GAIN = 0.1  # dB, or per cent of what is missing to 1, that a change of the recipe has to gain
 
 
@@ -80,37 +80,29 @@ def tune(
     the goal, more being better. After ``max_time`` seconds no trial is begun. ``history`` is a file that a later run
     with the same model, data and options resumes from. Raises what `quantize` raises.
     """
+    asked = Asked.of(locals())
+    return tune_as(model, goal, asked, evaluator=evaluator, max_time=max_time, history=history)
+
+
+def tune_as(
+    model: str | Path | onnx.ModelProto,
+    goal: str | Goal,
+    asked: Asked,
+    *,
+    evaluator: Evaluator | None = None,
+    max_time: float | None = None,
+    history: Path | None = None,
+) -> Tuned:
+    """`tune`, with the arguments that it shares with `quantize` in one piece; raises the same."""
     wanted = goal if isinstance(goal, Goal) else Goal.parse(goal)
     if (evaluator is None) == (wanted.metric == OWN):
         raise RecipeError(f"goal '{wanted}': metric is what an evaluator returns; give both or neither")
-    asked = checked(recipe, target, device, "error", reduce_range, (), ())
-    source = open_model(model)
-    opened: dict[str, Any] = {"samples": samples, "stacked": stacked, "seed": seed, "threads": threads}
-    data = open_samples(source, asked.recipe.data, calib_data, eval_data, **opened)
-    given = {
-        **opened,
-        "calib_data": calib_data,
-        "eval_data": eval_data,
-        "target": asked.target.name,
-        "device": device,
-        "reduce_range": reduce_range,
-        "min_sqnr": 0.0,
-        "listener": listener,
-    }
-    job = Job(
-        source,
-        asked.recipe,
-        asked.target,
-        data.calibration,
-        data.evaluation,
-        device,
-        threads,
-        reduce_range=asked.reduce_range,
-        listener=listener,
-        synthetic=data.synthetic,
-    )
+    job, data = open_job(model, asked)
+    asked = replace(
+        asked, target=job.target.name, include=(), exclude=(), min_sqnr=0.0
+    )  # the job's recipe has them
     end = None if max_time is None else time.monotonic() + max_time
-    return _Tuner(model, job, data, wanted, given, evaluator, History(history), end).run()
+    return _Tuner(model, asked, job, data, wanted, evaluator, History(history), end).run()
 
 
 class _OutOfTime(Exception):
@@ -123,18 +115,17 @@ class _Tuner:
     def __init__(
         self,
         model: str | Path | onnx.ModelProto,
+        asked: Asked,
         job: Job,
         data: Samples,
         goal: Goal,
-        given: dict[str, Any],
         evaluator: Evaluator | None,
         history: History,
         end: float | None,
     ) -> None:
-        self.model, self.job, self.goal, self.given = model, job, goal, given
+        self.model, self.asked, self.job, self.goal = model, asked, job, goal
         self.evaluator, self.history, self.end = evaluator, history, end
-        names = [n for n in given if n not in ("calib_data", "eval_data", "listener")]
-        options = {name: given[name] for name in names}
+        options = {name: getattr(asked, name) for name in _DECIDING}
         own = [str(getattr(evaluator, key, "")) for key in ("__module__", "__qualname__")]
         measured = len(data.evaluation), data.measured_on
         parts = [job.source.sha256, data.sha256, measured, options, own, __version__]
@@ -194,7 +185,7 @@ class _Tuner:
         if self.end is not None and time.monotonic() >= self.end:
             raise _OutOfTime
         try:
-            result = quantize(self.model, recipe, **self.given)
+            result = quantize_as(self.model, replace(self.asked, recipe=recipe))
         except (VerificationError, GraphError) as error:
             if not self.trials:
                 raise
@@ -242,7 +233,7 @@ class _Tuner:
     def _result_of(self, best: Trial) -> Result:
         if self.kept is not None and self.kept[0] is best:
             return self.kept[1]
-        return quantize(self.model, Recipe.load(dict(best.recipe)), **self.given)
+        return quantize_as(self.model, replace(self.asked, recipe=best.recipe))
 
     # ---- first: ranges, smoothing, rounding
 

@@ -18,7 +18,8 @@ from onnxslim_ptq.export.qdq import render_qdq
 from onnxslim_ptq.export.switches import add_twins
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.linears import find_linears
-from onnxslim_ptq.pipeline import Job, Planned, make_plan
+from onnxslim_ptq.job import Job
+from onnxslim_ptq.pipeline import Planned, make_plan
 from onnxslim_ptq.recipe import Recipe
 from tests.graph.models import parse
 from tests.models import cnn, feeds_for, mlp, outputs_of, session_of, sqnr_of, weights_of

@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from onnxslim_ptq import LayerSelector, Recipe, analyze, quantize
+from onnxslim_ptq.analysis.ranking import as_patterns
 from onnxslim_ptq.cli import main
 from onnxslim_ptq.errors import GraphError, RecipeError
-from onnxslim_ptq.sensitivity import as_patterns
 from tests.models import feeds_for, mlp, parse, weights_of
 
 DIGITS = Path(__file__).resolve().parents[2] / "tools" / "digits"

@@ -7,7 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ DIGITS = ROOT / "tools" / "digits"
 MODEL, CALIB = str(DIGITS / "digits.onnx"), str(DIGITS / "calib")
 COMMAND = [sys.executable, "-m", "onnxslim_ptq"]
 Captured = pytest.CaptureFixture[str]
+_TOO_LONG = 300.0  # seconds; a process that hangs is killed then, and the test fails
 
 
 def test_version(capsys: Captured) -> None:
@@ -64,7 +66,7 @@ def test_an_unexpected_error(
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("a\ndefect")
 
-    monkeypatch.setattr("onnxslim_ptq.api.quantize", broken)
+    monkeypatch.setattr("onnxslim_ptq.api.quantize_as", broken)
     assert main([MODEL, str(tmp_path / "m.onnx"), "--calib", CALIB, *more]) == 1
     text, errors = capsys.readouterr()
     assert "ZeroDivisionError: a defect" in errors.splitlines()[-1]
@@ -147,14 +149,33 @@ def test_interrupted_leaves_nothing(sent: signal.Signals, code: int, tmp_path: P
         [*COMMAND, MODEL, str(out), "--calib", str(data), "--stacked"],
         cwd=ROOT,
         stderr=theirs,
-        stdout=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,  # a group of its own, which is killed as a whole
     )
     os.close(theirs)
-    seen, end = b"", time.monotonic() + 60
-    while b"calibrating" not in seen and time.monotonic() < end:
-        seen += os.read(terminal, 4096)
-    process.send_signal(sent)
-    assert process.wait(30) == code
-    os.close(terminal)
-    assert b"calibrating" in seen
+    watchdog = threading.Timer(_TOO_LONG, os.killpg, (process.pid, signal.SIGKILL))
+    watchdog.start()
+    try:
+        seen = b""
+        while text := _read(terminal):  # nothing once the process is gone
+            begun = b"calibrating" in seen
+            seen += text
+            if not begun and b"calibrating" in seen:
+                process.send_signal(sent)
+        assert b"calibrating" in seen
+        assert process.wait() == code
+    finally:
+        watchdog.cancel()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        os.close(terminal)
     assert not out.parent.exists()
+
+
+def _read(terminal: int) -> bytes:
+    """What was written to the terminal; nothing when nobody holds it open any more."""
+    try:
+        return os.read(terminal, 4096)
+    except OSError:  # Linux
+        return b""

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from calib.model import open_model
 from calib.runner import run_model
+from onnxslim_ptq.asked import Asked
 from onnxslim_ptq.cli import main
-from onnxslim_ptq.recipes.data import DataConfig
+from onnxslim_ptq.recipe import Recipe
 from onnxslim_ptq.samples import open_samples
 from tests.e2e.test_zoo import case_of
 from tools.zoo import cache
@@ -22,9 +23,14 @@ pytestmark = pytest.mark.network
 MINMAX = "steps: [{type: quantize, act: {range: {type: minmax}}}]\n"
 
 
+def with_section(**section: Any) -> Recipe:
+    """A recipe with this data section."""
+    return Recipe.load("w8a8").with_data(**section)
+
+
 def opened(case: Any, section: dict[str, Any], path: Path, **more: Any) -> list[Any]:
     """The feeds that the files give for the case's model."""
-    found = open_samples(open_model(case.model), DataConfig(**section), path, **more)
+    found = open_samples(open_model(case.model), with_section(**section), Asked(calib_data=path, **more))
     return [feed for _, feed in found.calibration]
 
 
@@ -154,12 +160,14 @@ class TestStates:
         rows = [{"input_ids": ids[at : at + 16]} for at in (0, 16, 32)]
         (tmp_path / "ids.jsonl").write_text("\n".join(map(json.dumps, rows)))
         source = open_model(case.model)
-        section = DataConfig(feedback={"present.*": "past_key_values.*"})
-        pieces = open_samples(source, section, tmp_path / "ids.jsonl").calibration
+        recipe = with_section(feedback={"present.*": "past_key_values.*"})
+        pieces = open_samples(source, recipe, Asked(calib_data=tmp_path / "ids.jsonl")).calibration
         assert [feed["past_key_values.0.key"].shape[2] for _, feed in pieces] == [0, 16, 32]
         seen = np.concatenate([outputs["logits"] for _, outputs in run_model(source, pieces)], axis=1)
         whole = {
             name: array[:, :48] if array.ndim == 2 else array for name, array in case.calibration[0].items()
         }
-        ((_, exact),) = run_model(source, open_samples(source, DataConfig(), [whole]).calibration)
+        ((_, exact),) = run_model(
+            source, open_samples(source, with_section(), Asked(calib_data=[whole])).calibration
+        )
         np.testing.assert_allclose(seen, exact["logits"], atol=2e-3)

@@ -126,6 +126,10 @@ class TestSaved:
         with pytest.raises(CalibrationError, match=r"are of another model: 'digits\.onnx'"):
             quantize(other, stats=calibrate(MODEL, FIXED, CALIB, samples=8))
 
+    def test_random_samples_are_no_statistics(self) -> None:
+        with pytest.raises(CalibrationError, match="calibrate needs samples"):
+            calibrate(MODEL, FIXED)
+
     def test_samples_that_are_too_large_are_not_kept(self) -> None:
         assert calibrate(MODEL, FIXED, CALIB, samples=9, keep_bytes=1000).kept.reason
         assert not calibrate(MODEL, FIXED, CALIB, samples=9, keep_bytes=KEPT_BYTES).kept.reason

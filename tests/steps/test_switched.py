@@ -14,11 +14,13 @@ from safetensors.numpy import load_file
 from calib.errors import CalibrationError
 from calib.model import open_model
 from onnxslim_ptq import Result, quantize
+from onnxslim_ptq.asked import Asked
 from onnxslim_ptq.core.targets import TARGETS
 from onnxslim_ptq.errors import GraphError, RecipeError
 from onnxslim_ptq.export.files import write_model
 from onnxslim_ptq.export.rebuild import rebuild
 from onnxslim_ptq.export.weight_files import WeightFiles
+from onnxslim_ptq.samples import measured_samples
 from tests.models import outputs_of, parse, quantized, sqnr_of, weights_of
 
 WEIGHTS = weights_of(6, w1=(32, 64), b1=(64,), w2=(64, 16))
@@ -150,6 +152,14 @@ class TestTimestep:
             CalibrationError, match=r"no sample has timestep_idx 7, .* the samples have 0, 5, 10, 15"
         ):
             timestep(7)
+
+    def test_compare_measures_on_what_quantize_does(self) -> None:
+        """Nothing is held out when every sample is the only one of its step."""
+        data = [{**feed, "timestep_idx": np.array(step)} for step, feed in enumerate(feeds())]
+        asked = Asked(recipe("timestep", timestep_sep=10), data)
+        result = quantize(model(), asked.recipe, data)
+        _, measured_on = measured_samples(open_model(model()), result.recipe, asked)
+        assert measured_on == result.metrics["measured_on"] == "calibration"
 
 
 class TestPrefill:

@@ -12,16 +12,15 @@ import time
 
 import numpy as np
 
-from calib.model import open_model
 from calib.provider import create_session
 from onnxslim_ptq.analysis.entries import Entry, entries_of
 from onnxslim_ptq.analysis.metrics import worst_sqnr
+from onnxslim_ptq.analysis.ranking import judging_samples, rank_by_sqnr
 from onnxslim_ptq.analysis.switchboard import Switchboard
-from onnxslim_ptq.core.targets import TARGETS
-from onnxslim_ptq.pipeline import Job, make_plan
-from onnxslim_ptq.recipe import Recipe
-from onnxslim_ptq.samples import open_samples
-from onnxslim_ptq.sensitivity import analyze, judging_samples, rank_by_sqnr
+from onnxslim_ptq.asked import Asked
+from onnxslim_ptq.job import open_job
+from onnxslim_ptq.pipeline import make_plan
+from onnxslim_ptq.sensitivity import analyze
 from tools.zoo import load
 
 _TOP, _DRAWS = 5, 20
@@ -41,11 +40,10 @@ def main(arguments: list[str]) -> int:
 
 def _one(name: str, options: argparse.Namespace) -> bool:
     case = load(name)
-    source = open_model(case.model)
     cut = [_cut(feed, options.tokens) for feed in _spread(case.calibration, options.samples)]
     measured = [_cut(feed, options.tokens) for feed in _spread(case.evaluation, options.held_out)]
-    data = open_samples(source, Recipe.load("w8a8").data, cut, measured)
-    job = Job(source, Recipe.load("w8a8"), TARGETS["cpu"], data.calibration, data.evaluation)
+    job, data = open_job(case.model, Asked(calib_data=cut, eval_data=measured, reduce_range="off"))
+    source = job.source
     session = create_session(source.proto.SerializeToString(), source.weights)
     names = [o.name for o in source.proto.graph.output]
     forward = _seconds(lambda: [session.run(names, dict(feed)) for feed in cut])

@@ -17,15 +17,15 @@ from onnxslim_ptq.core.spec import QParams, QuantPlan
 from onnxslim_ptq.core.targets import TARGETS
 from onnxslim_ptq.export.renderers import RENDERERS
 from onnxslim_ptq.graph.graph import Graph
-from onnxslim_ptq.graph.opset import raise_opset
+from onnxslim_ptq.graph.opset import PER_CHANNEL_OPSET, raise_opset
 from onnxslim_ptq.graph.optimize import optimize
 from onnxslim_ptq.graph.shapes import infer_shapes
-from onnxslim_ptq.pipeline import Job, make_plan
+from onnxslim_ptq.job import Job
+from onnxslim_ptq.pipeline import make_plan
 from onnxslim_ptq.recipe import Recipe
 
 __all__ = ["skeleton"]
 
-_OPSET = 13
 _SAMPLE = SampleId(0, "a placeholder")
 
 
@@ -37,7 +37,7 @@ def skeleton(source: Model, recipe: Recipe, *, empty: bool = True) -> tuple[Mode
     Raises ValueError when a size that the graph depends on is not declared, and what `make_plan` raises.
     """
     target = TARGETS[recipe.target]
-    graph = Graph(raise_opset(source, _OPSET))
+    graph = Graph(raise_opset(source, PER_CHANNEL_OPSET))
     optimize(graph)
     pretended = _Pretended(
         ModelRef.of(source), (), conditions("cpu", SessionOptions()), shapes=_shapes(graph, source)
