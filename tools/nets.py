@@ -1,4 +1,4 @@
-"""Networks of the usual kinds, built with onnx's helpers and random weights: ResNet-18, MobileNet, BERT.
+"""Networks of the usual kinds, built with onnx's helpers and random weights: ResNet-18, MobileNet, BERT, a decoder.
 
 The weights are scaled so that values keep their size; BatchNormalization and dynamic batch as exporters write them.
 """
@@ -13,7 +13,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-__all__ = ["bert", "mobilenet", "resnet18"]
+__all__ = ["bert", "decoder", "mobilenet", "resnet18"]
 
 _OPSET, _IR = 17, 8
 
@@ -163,3 +163,131 @@ def _attention(net: _Net, x: str, name: str, hidden: int, heads: int, length: in
     scores = net.add("Softmax", [net.add("Div", [net.add("MatMul", [q, k]), root])], axis=-1)
     y = net.add("Transpose", [net.add("MatMul", [scores, v])], perm=[0, 2, 1, 3])
     return net.linear(net.add("Reshape", [y, merged]), f"{name}.out", hidden, hidden)
+
+
+def decoder(
+    *, layers: int = 2, hidden: int = 64, heads: int = 4, kv_heads: int = 2, words: int = 256, seed: int = 0
+) -> onnx.ModelProto:
+    """LLaMA's blocks with a KV cache, named as Optimum exports them.
+
+    Inputs int64 ``input_ids``, ``position_ids`` [batch, seq] and ``attention_mask`` [batch, total], float
+    ``past_key_values.<i>.key`` and ``.value`` [batch, kv_heads, past, width]; outputs ``logits`` [batch, seq, words]
+    and ``present.<i>.key`` and ``.value``. RMSNorm is written out; a few of its channels are large, as in trained ones.
+    """
+    net, width = _Net(seed), hidden // heads
+    _causal(net)
+    _rotary_tables(net, width)
+    x = net.add("Gather", [net.normal("embed_tokens", words, hidden), "input_ids"], "embed", axis=0)
+    for index in range(layers):
+        name = f"layers.{index}"
+        y = _rms_norm(net, x, f"{name}.input_layernorm", hidden)
+        y = _cached_attention(net, y, index, hidden, heads, kv_heads)
+        x = net.add("Add", [x, y], f"{name}.residual1")
+        y = _rms_norm(net, x, f"{name}.post_attention_layernorm", hidden)
+        x = net.add("Add", [x, _gated_mlp(net, y, f"{name}.mlp", hidden)], f"{name}.residual2")
+    _product(net, _rms_norm(net, x, "norm", hidden), "lm_head", hidden, words, 3.0, out="logits")
+    tokens = {n: (TensorProto.INT64, ["batch", "seq"]) for n in ("input_ids", "position_ids")}
+    tokens["attention_mask"] = (TensorProto.INT64, ["batch", "total"])
+    caches = [f"{i}.{kind}" for i in range(layers) for kind in ("key", "value")]
+    past = (TensorProto.FLOAT, ["batch", kv_heads, "past", width])
+    proto = net.model(
+        {**tokens, **{f"past_key_values.{c}": past for c in caches}}, "logits", ["batch", "seq", words]
+    )
+    for cache in caches:
+        shape = ["batch", kv_heads, "total", width]
+        proto.graph.output.append(helper.make_tensor_value_info(f"present.{cache}", TensorProto.FLOAT, shape))
+    return proto
+
+
+def _product(net: _Net, x: str, name: str, inp: int, out_size: int, scale: float = 1.0, out: str = "") -> str:
+    """MatMul without bias."""
+    w = net.normal(f"{name}.weight", inp, out_size, scale=float(scale / np.sqrt(inp)))
+    made = net.add("MatMul", [x, w], name)
+    if out:
+        net.nodes[-1].output[0] = out
+    return out or made
+
+
+def _rms_norm(net: _Net, x: str, name: str, size: int) -> str:
+    gamma = net.rng.uniform(0.5, 1.5, size)
+    gamma[net.rng.choice(size, 3, replace=False)] *= 12
+    eps = net.constant(f"{name}.eps", np.asarray(1e-5, np.float32))
+    two = net.constant(f"{name}.two", np.asarray(2.0, np.float32))
+    mean = net.add("ReduceMean", [net.add("Pow", [x, two])], axes=[-1], keepdims=1)
+    y = net.add("Div", [x, net.add("Sqrt", [net.add("Add", [mean, eps])])])
+    return net.add("Mul", [y, net.constant(f"{name}.weight", gamma.astype(np.float32))], name)
+
+
+def _gated_mlp(net: _Net, x: str, name: str, hidden: int) -> str:
+    gate = _product(net, x, f"{name}.gate_proj", hidden, 3 * hidden)
+    up = _product(net, x, f"{name}.up_proj", hidden, 3 * hidden)
+    y = net.add("Mul", [net.add("Mul", [gate, net.add("Sigmoid", [gate])]), up])
+    return _product(net, y, f"{name}.down_proj", 3 * hidden, hidden)
+
+
+def _causal(net: _Net) -> None:
+    """``mask`` [batch, 1, seq, total]: 0 where a token may look, -10000 elsewhere."""
+    zero, one = (net.constant(f"mask.{v}", np.asarray(v, np.int64)) for v in (0, 1))
+    first, second = (net.constant(f"mask.axis{a}", np.asarray([a], np.int64)) for a in (0, 1))
+    seq = net.add("Gather", [net.add("Shape", ["input_ids"]), one], axis=0)
+    total = net.add("Gather", [net.add("Shape", ["attention_mask"]), one], axis=0)
+    keys = net.add("Range", [zero, total, one])
+    queries = net.add("Range", [net.add("Sub", [total, seq]), total, one])
+    earlier = net.add(
+        "LessOrEqual", [net.add("Unsqueeze", [keys, first]), net.add("Unsqueeze", [queries, second])]
+    )
+    real = net.add("Cast", ["attention_mask"], to=TensorProto.BOOL)
+    axes = net.constant("mask.axes", np.asarray([1, 2], np.int64))
+    seen = net.add("And", [earlier, net.add("Unsqueeze", [real, axes])])
+    allowed, not_allowed = (
+        net.constant(f"mask.{n}", np.asarray(v, np.float32)) for n, v in (("yes", 0), ("no", -1e4))
+    )
+    net.add("Where", [seen, allowed, not_allowed], "mask")
+
+
+def _rotary_tables(net: _Net, width: int) -> None:
+    """``cos`` and ``sin`` [batch, 1, seq, width] of the tokens' positions."""
+    turns = net.constant("turns", (1e4 ** -(np.arange(0, width, 2) / width)).astype(np.float32))
+    last = net.constant("turns.axis", np.asarray([-1], np.int64))
+    place = net.add("Unsqueeze", [net.add("Cast", ["position_ids"], to=TensorProto.FLOAT), last])
+    half = net.add("Mul", [place, turns])
+    heads = net.constant("turns.heads", np.asarray([1], np.int64))
+    angle = net.add("Unsqueeze", [net.add("Concat", [half, half], axis=-1), heads])
+    net.add("Cos", [angle], "cos")
+    net.add("Sin", [angle], "sin")
+
+
+def _rotated(net: _Net, x: str, name: str, width: int) -> str:
+    zero, half, end, axis = (
+        net.constant(f"{name}.{n}", np.asarray([v], np.int64))
+        for n, v in (("zero", 0), ("half", width // 2), ("end", width), ("axis", 3))
+    )
+    low, high = net.add("Slice", [x, zero, half, axis]), net.add("Slice", [x, half, end, axis])
+    turned = net.add("Concat", [net.add("Neg", [high]), low], axis=3)
+    return net.add("Add", [net.add("Mul", [x, "cos.out"]), net.add("Mul", [turned, "sin.out"])])
+
+
+def _cached_attention(net: _Net, x: str, index: int, hidden: int, heads: int, kv_heads: int) -> str:
+    """Rotary queries and keys; keys and values are appended to the past, and several queries share a key head."""
+    name, width = f"layers.{index}.self_attn", hidden // heads
+    parts = {}
+    for part, count in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
+        split = net.constant(f"{name}.{part}_split", np.asarray([0, 0, count, width], np.int64))
+        y = net.add("Reshape", [_product(net, x, f"{name}.{part}_proj", hidden, count * width), split])
+        parts[part] = net.add("Transpose", [y], perm=[0, 2, 1, 3])
+    queries, keys = (_rotated(net, parts[p], f"{name}.{p}_rotary", width) for p in "qk")
+    axis = net.constant(f"{name}.axis", np.asarray([2], np.int64))
+    times = net.constant(f"{name}.times", np.asarray([1, 1, heads // kv_heads, 1, 1], np.int64))
+    joined = net.constant(f"{name}.joined", np.asarray([0, heads, -1, width], np.int64))
+    for kind, new in (("key", keys), ("value", parts["v"])):
+        net.add("Concat", [f"past_key_values.{index}.{kind}", new], f"{name}.{kind}", axis=2)
+        net.nodes[-1].output[0] = f"present.{index}.{kind}"
+        spread = net.add("Expand", [net.add("Unsqueeze", [f"present.{index}.{kind}", axis]), times])
+        parts[kind] = net.add("Reshape", [spread, joined])
+    transposed = net.add("Transpose", [parts["key"]], perm=[0, 1, 3, 2])
+    root = net.constant(f"{name}.root", np.asarray(width**-0.5, np.float32))
+    scores = net.add("Mul", [net.add("MatMul", [queries, transposed]), root])
+    shares = net.add("Softmax", [net.add("Add", [scores, "mask.out"])], axis=-1)
+    y = net.add("Transpose", [net.add("MatMul", [shares, parts["value"]])], perm=[0, 2, 1, 3])
+    merged = net.constant(f"{name}.merged", np.asarray([0, 0, hidden], np.int64))
+    return _product(net, net.add("Reshape", [y, merged]), f"{name}.o_proj", hidden, hidden)

@@ -82,8 +82,9 @@ def calibrate(
         show_statistics(found, out)
     elif not quiet:
         say_statistics(found, out)
+        again = "" if found.kept.judged else " --calib SAMPLES"
         say(
-            f"next: {program()} quantize {shlex.quote(str(model))} OUT --stats {shlex.quote(str(out))}  "
+            f"next: {program()} quantize {shlex.quote(str(model))} OUT --stats {shlex.quote(str(out))}{again}  "
             "(with the same recipe and target)"
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -9,12 +10,16 @@ import typer
 
 from onnxslim_ptq.commands import options as opt
 from onnxslim_ptq.commands.console import emit_json, say
-from onnxslim_ptq.errors import QuantizationError
+from onnxslim_ptq.core.targets import TARGETS
 
 __all__ = ["export"]
 
 Quant = Annotated[
     Path, typer.Argument(metavar="QUANT", show_default=False, help="A model that quantize wrote.")
+]
+Target = Annotated[
+    str,
+    typer.Option("--target", metavar="NAME", show_default=False, help=f"One of {', '.join(TARGETS)}."),
 ]
 Float = Annotated[
     Path | None,
@@ -48,7 +53,7 @@ Triton = Annotated[
 def export(
     quantized: Quant,
     out: opt.Out,
-    target: opt.Target = None,
+    target: Target,
     exact: Float = None,
     triton: Triton = None,
     shape: Shape = None,
@@ -59,8 +64,6 @@ def export(
     from calib.readers import parse_shape
     from onnxslim_ptq.exporting import export as run
 
-    if target is None:
-        raise QuantizationError("export needs a target; give --target NAME")
     shapes = dict(map(parse_shape, shape or ()))
     made = run(quantized, out, target, float_model=exact, triton=triton, shapes=shapes)
     files = [str(path) for path in made.paths.in_order()]
@@ -70,6 +73,8 @@ def export(
     elif not quiet:
         if made.agreement_db is None:
             said = "has no float output to compare"
+        elif math.isinf(made.agreement_db):
+            said = f"agrees exactly with {quantized.name} on synthetic samples"
         else:
             said = f"agrees with {quantized.name} to {made.agreement_db:.1f} dB on synthetic samples"
         say(f"{made.paths.model} {said}")

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from onnxslim_ptq.core.targets import TARGETS
+
 __all__ = [
     "AllowQuantized",
     "Calib",
@@ -89,7 +91,7 @@ Target = Annotated[
         "--target",
         metavar="NAME",
         show_default="the recipe's",
-        help="cpu, generic, tensorrt, openvino or ascend.",
+        help=f"One of {', '.join(TARGETS)}.",
     ),
 ]
 Include = Annotated[

@@ -31,7 +31,8 @@ def read_tensors(path: Path, wanted: Collection[str] | None = None) -> tuple[Ten
             names = [name for name in file.keys() if wanted is None or name in wanted]  # noqa: SIM118
             return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except (OSError, SafetensorError, TypeError, ValueError, AttributeError) as error:
-        raise GraphError(f"'{path}' cannot be read: {' '.join(str(error).split())}") from None
+        why = " ".join(str(error).split())
+        raise GraphError(f"'{path}' cannot be read as safetensors ({why}); check the path") from None
 
 
 def read_weight_files(description: Path) -> tuple[Tensors, dict[str, str]]:
