@@ -24,6 +24,7 @@ from calib.readers.preprocess import PRESETS
 from calib.readers.tokens import _MAX_FILE
 from onnxslim_ptq import cli
 from onnxslim_ptq.cli import main
+from onnxslim_ptq.commands.options import TARGET_HELP
 from onnxslim_ptq.core.targets import TARGETS, BiasForm
 from onnxslim_ptq.graph.forms import APPROXIMATE, EXACT
 from onnxslim_ptq.graph.optimize import PASSES
@@ -119,6 +120,9 @@ class TestOptions:
         rows = table(page_text("docs/commands.md"), "| command |")
         assert [re.findall(r"[a-z-]+", row[0])[0] for row in rows] == [p for p in options() if p]
         assert {page.stem for page in COMMAND_PAGES} == set(options()) - {""}
+
+    def test_the_help_names_every_target(self) -> None:
+        assert re.findall(r"\w+", TARGET_HELP.replace(" or ", " ")) == list(TARGETS)
 
     def test_shared_options(self) -> None:
         """The overview says of each which commands take it."""

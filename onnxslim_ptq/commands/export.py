@@ -10,7 +10,6 @@ import typer
 
 from onnxslim_ptq.commands import options as opt
 from onnxslim_ptq.commands.console import emit_json, say
-from onnxslim_ptq.core.targets import TARGETS
 
 __all__ = ["export"]
 
@@ -19,7 +18,7 @@ Quant = Annotated[
 ]
 Target = Annotated[
     str,
-    typer.Option("--target", metavar="NAME", show_default=False, help=f"One of {', '.join(TARGETS)}."),
+    typer.Option("--target", metavar="NAME", show_default=False, help=opt.TARGET_HELP),
 ]
 Float = Annotated[
     Path | None,

@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from onnxslim_ptq.core.targets import TARGETS
-
 __all__ = [
+    "TARGET_HELP",
     "AllowQuantized",
     "Calib",
     "Device",
@@ -34,6 +33,9 @@ __all__ = [
     "Verbose",
     "Workers",
 ]
+
+# Written out, because the table of targets loads numpy and --help does not wait for that.
+TARGET_HELP = "cpu, generic, qoperator, tensorrt, openvino or ascend."
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", show_default=False, help="The float ONNX model.")]
 Out = Annotated[
@@ -91,7 +93,7 @@ Target = Annotated[
         "--target",
         metavar="NAME",
         show_default="the recipe's",
-        help=f"One of {', '.join(TARGETS)}.",
+        help=TARGET_HELP,
     ),
 ]
 Include = Annotated[
