@@ -30,7 +30,9 @@ _NETS = ("resnet18", "mobilenet", "bert")
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(prog="python -m tools.runtimes", description=__doc__)
-    parser.add_argument("--models", default=",".join((*_NETS, "effnet", "rec", "cls")), help="networks or zoo names")
+    parser.add_argument(
+        "--models", default=",".join((*_NETS, "effnet", "rec", "cls")), help="networks or zoo names"
+    )
     parser.add_argument("--recipe", default="w8a8")
     parser.add_argument("--samples", type=int, default=100, help="of a zoo model, at most")
     options = parser.parse_args()
