@@ -18,6 +18,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from onnxslim_ptq import recipes
+from onnxslim_ptq.core.choice import AddedBias
 from onnxslim_ptq.core.config import Config, Patterns, problem
 from onnxslim_ptq.core.match import Pattern
 from onnxslim_ptq.core.spec import TIMESTEP
@@ -70,6 +71,7 @@ class QuantizeStep(Config):
     weight: WeightConfig = WeightConfig()
     act: ActConfig | None = ActConfig()
     bias_correction: bool = True
+    added_bias: AddedBias = Field(AddedBias.FLOAT, examples=[kind.value for kind in AddedBias])
 
     @property
     def quant_type(self) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from calib.model import Model
 from onnxslim_ptq.core.choice import (
+    AddedBias,
     LayerChoice,
     PerTokenActivation,
     StaticActivation,
@@ -38,6 +39,7 @@ class LayerConfig:
     act: ActConfig | None
     rounder: RounderConfig
     bias_correction: bool
+    added_bias: AddedBias
     step: int
 
 
@@ -116,7 +118,7 @@ def _merged(recipe: Recipe, steps: tuple[int, ...]) -> LayerConfig:
     step = QuantizeStep.model_validate(given)
     if not has_kernel(step.weight, step.act, recipe.target):
         raise RecipeError(f"recipe: steps[{steps[-1]}].weight: {NO_KERNEL}")
-    return LayerConfig(step.weight, step.act, step.rounder, step.bias_correction, steps[-1])
+    return LayerConfig(step.weight, step.act, step.rounder, step.bias_correction, step.added_bias, steps[-1])
 
 
 def _override(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
@@ -144,7 +146,9 @@ def choice_of(config: LayerConfig, target: Target) -> LayerChoice:
         weight.group_size,
         weight.full_range,
     )
-    return LayerChoice(_activation(config, target), form, config.bias_correction, config.rounder.build())
+    return LayerChoice(
+        _activation(config, target), form, config.bias_correction, config.rounder.build(), config.added_bias
+    )
 
 
 def _activation(

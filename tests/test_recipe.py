@@ -280,6 +280,7 @@ class TestSchema:
             (step(act={"per": "channel"}), ".act.per: got 'channel'; use tensor, token"),
             (step(act={"dtype": "int16"}), ".act.dtype: got 'int16'; use auto, int8, uint8"),
             (step(act={"symmetric": "yes"}), ".act.symmetric: got 'yes'; use auto, true, false"),
+            (step(added_bias="int8"), ".added_bias: got 'int8'; use float, int32"),
             (step(act={"dtype": "x" * 99}), "xxx...; use auto"),
         ],
     )  # fmt: skip

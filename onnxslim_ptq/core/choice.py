@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 from calib.ranges import RangeMethod
 from onnxslim_ptq.core.dtypes import INT8, IntType
@@ -12,6 +13,7 @@ from onnxslim_ptq.core.spec import BelowTimestep, ManyTokens
 __all__ = [
     "AUTO",
     "OUTPUT_MSE",
+    "AddedBias",
     "LayerChoice",
     "PerTokenActivation",
     "StaticActivation",
@@ -64,6 +66,16 @@ class WeightForm:
     full_range: bool = False
 
 
+class AddedBias(Enum):
+    """What becomes of the bias in the Add behind a MatMul whose activation has a known scale s_x.
+
+    INT32: it stays a float constant, rounded to a whole multiple of s_x * s_w, as an integer accumulator holds it.
+    """
+
+    FLOAT = "float"
+    INT32 = "int32"
+
+
 @dataclass(frozen=True)
 class LayerChoice:
     """How one layer is quantized; without ``activation`` only its weight is, without ``rounder`` to nearest."""
@@ -72,3 +84,4 @@ class LayerChoice:
     weight: WeightForm = WeightForm()
     bias_correction: bool = False
     rounder: Rounder | None = None
+    added_bias: AddedBias = AddedBias.FLOAT

@@ -55,7 +55,8 @@ class PerGroup:
 
 @dataclass(frozen=True)
 class BelowTimestep:
-    """Numbers are found at run time while the graph input ``timestep_idx`` is below ``threshold``."""
+    """Numbers are found at run time while the graph input ``timestep_idx`` is below ``threshold``; from it on those of
+    the highest calibrated step that was reached serve (``QuantPlan.timesteps``)."""
 
     threshold: int
 
@@ -183,7 +184,8 @@ class QuantPlan:
     ``uncorrected`` keeps, for each layer whose bias was corrected, (node, port, values) of the bias before: a layer
     that stays float after all must get it back. ``io``: graph inputs and outputs that change their type.
     ``attention`` names the params ids of queries, keys and values that are quantized per head (``<attention>.fa_q``),
-    and how many heads they have. ``timesteps``: for a params id that depends on the time step, its numbers at each.
+    and how many heads they have. ``timesteps``: for a params id that depends on the time step, its numbers at
+    each calibrated one; ``params`` holds those at the threshold.
     """
 
     activations: dict[Site, Slot] = field(default_factory=dict)

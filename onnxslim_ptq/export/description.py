@@ -250,8 +250,24 @@ def _activations(made: Description, plan: QuantPlan, names: PlanNames) -> dict[s
             **made.numbers(f"activations/{name}", params),
             "range": [_bound(made, f"activations/{name}/lo", lo), _bound(made, f"activations/{name}/hi", hi)],
             "method": method,
+            **_rows(made, name, plan.timesteps.get(key)),
         }
     return entries
+
+
+def _rows(made: Description, name: str, table: Mapping[int, QParams] | None) -> dict[str, Json]:
+    """The numbers at each calibrated time step, where they depend on it."""
+    if table is None:
+        return {}
+    steps = sorted(table)
+    scales, zeros = (np.stack([getattr(table[s], part) for s in steps]) for part in ("scale", "zero_point"))
+    return {
+        "timesteps": {
+            "steps": steps,
+            "scale": made.array(f"activations/{name}/timesteps/scale", scales),
+            "zero_point": made.array(f"activations/{name}/timesteps/zero_point", zeros),
+        }
+    }
 
 
 def _bound(made: Description, name: str, values: Array) -> Json:

@@ -5,7 +5,8 @@
     y = x W = r * ((x - c) / r) W + c * (1 W)
 
 Where a known scale s and zero point z serve unless a condition holds, r = 127 s and c = -z s take the place of the
-row's: the codes and products are then those of static quantization, with the same one integer weight.
+row's: the codes and products are then those of static quantization, with the same one integer weight. There may be
+several pairs s, z, of which a number picks one while the model runs.
 
 (x - c) / r lies in [-1, 1] and goes through QuantizeLinear and DequantizeLinear with the constant scale 1/127, so that
 ONNX Runtime turns the inner MatMul into an integer kernel. The layer is linear: taking r and c out before and putting
@@ -14,6 +15,7 @@ them back behind is exact, 1 W being the column sums of the rounded weight. A bi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +27,7 @@ from onnxslim_ptq.core.qmath import dequantize
 from onnxslim_ptq.core.spec import PerTensor, QParams, QuantSpec, WeightCodes
 from onnxslim_ptq.graph.graph import Graph
 
-__all__ = ["Rows", "normalize", "row_params", "scale_back", "switch"]
+__all__ = ["Known", "Rows", "normalize", "row_params", "scale_back", "switch"]
 
 _AXES_ARE_INPUTS = 18  # of ReduceMax and ReduceMin
 _TINY = 1e-7  # a row of equal values keeps codes 0; representable in float16
@@ -39,6 +41,15 @@ class Rows:
     scales: gs.Tensor
     centres: gs.Tensor | None
     dtype: type[np.floating]
+
+
+@dataclass(frozen=True)
+class Known:
+    """Numbers known before the model runs, all of one type; ``row``, a scalar int64, is the index of those that serve
+    (None: there is one)."""
+
+    params: Sequence[QParams]
+    row: gs.Tensor | None = None
 
 
 def row_params(dtype: IntType) -> QParams:
@@ -69,18 +80,24 @@ def normalize(graph: Graph, tensor: gs.Tensor, dtype: type[np.floating], symmetr
     return Rows(_add(graph, "Div", f"{name}_rows", [moved, scales]), scales, centres, dtype)
 
 
-def switch(graph: Graph, rows: Rows, tensor: gs.Tensor, known: QParams, static: gs.Tensor) -> Rows:
+def switch(graph: Graph, rows: Rows, tensor: gs.Tensor, known: Known, static: gs.Tensor) -> Rows:
     """``rows`` of ``tensor``, with those that the numbers ``known`` give where the scalar bool ``static`` is true."""
-    name, dtype = tensor.name, known.spec.dtype
+    name, dtype = tensor.name, known.params[0].spec.dtype
     middle = (dtype.highest + dtype.lowest + 1) // 2
     largest = (dtype.highest - dtype.lowest) // 2
-    radius = graph.constant(f"{name}_static_radius", np.asarray(largest * known.scale, rows.dtype))
+
+    def chosen(what: str, values: list[float]) -> gs.Tensor:
+        if known.row is None:
+            return graph.constant(f"{name}_static_{what}", np.asarray(values[0], rows.dtype))
+        table = graph.constant(f"{name}_static_{what}", np.asarray(values, rows.dtype))
+        return _add(graph, "Gather", f"{name}_step_{what}", [table, known.row])
+
+    radius = chosen("radius", [largest * float(p.scale) for p in known.params])
     scales = _add(graph, "Where", f"{name}_scale", [static, radius, rows.scales])
     centres, moved = rows.centres, tensor
     if centres is not None:
-        middle_value = np.asarray(-(int(known.zero_point) - middle) * known.scale, rows.dtype)
-        constant = graph.constant(f"{name}_static_centre", middle_value)
-        centres = _add(graph, "Where", f"{name}_centre", [static, constant, centres])
+        own = chosen("centre", [-(int(p.zero_point) - middle) * float(p.scale) for p in known.params])
+        centres = _add(graph, "Where", f"{name}_centre", [static, own, centres])
         moved = _add(graph, "Sub", f"{name}_from_centre", [tensor, centres])
     return Rows(_add(graph, "Div", f"{name}_switched", [moved, scales]), scales, centres, rows.dtype)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
@@ -13,7 +12,6 @@ from calib.errors import GraphError
 from calib.model import Model
 from calib.types import Array
 from onnxslim_ptq.core.spec import (
-    TIMESTEP,
     BelowTimestep,
     BiasCodes,
     ManyTokens,
@@ -30,8 +28,9 @@ from onnxslim_ptq.core.spec import (
 )
 from onnxslim_ptq.core.targets import Target
 from onnxslim_ptq.export.cache import declare_cache, render_cache
+from onnxslim_ptq.export.conditions import Conditions
 from onnxslim_ptq.export.float16 import ABSORBED, compute_in_float32, half_layers
-from onnxslim_ptq.export.per_token import Rows, normalize, row_params, scale_back, switch
+from onnxslim_ptq.export.per_token import Known, Rows, normalize, row_params, scale_back, switch
 from onnxslim_ptq.graph.edit import is_captured
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.ir import lowest_ir
@@ -45,7 +44,8 @@ _WORST_ROUNDING = 0.01  # of a scale that float16 has to hold: below 6e-5 it los
 
 
 def required_opset(plan: QuantPlan, model: Model, target: Target) -> int:
-    """The lowest opset that can express ``plan``: 10, per-channel scales 13, float16 scales 19, blocks and 4 bits 21.
+    """The lowest opset that can express ``plan``: 10, per-channel scales and switches 13, float16
+    scales 19, blocks and 4 bits 21.
 
     float16 scales are needed by float16 layers, unless the target computes those in float32 between casts.
     """
@@ -55,7 +55,8 @@ def required_opset(plan: QuantPlan, model: Model, target: Target) -> int:
     if not target.float16_cast and half_layers(Graph(model), plan):
         return _FLOAT16_SCALES
     params = [*plan.params.values(), *(codes.params for codes in plan.weight_codes.values())]
-    return _PER_CHANNEL if any(p.axis is not None for p in params) else _FIRST
+    switched = any(isinstance(s.grain, PerToken) and s.grain.while_ is not None for s in specs)
+    return _PER_CHANNEL if switched or any(p.axis is not None for p in params) else _FIRST
 
 
 def render_qdq(model: Model, plan: QuantPlan, target: Target) -> Model:
@@ -70,7 +71,8 @@ def render_qdq(model: Model, plan: QuantPlan, target: Target) -> Model:
     """
     graph = Graph(raise_opset(model, required_opset(plan, model, target)))
     half = half_layers(graph, plan)
-    writer = _Writer(graph, plan, frozenset() if target.float16_cast else frozenset(half))
+    narrow = frozenset[str]() if target.float16_cast else frozenset(half)
+    writer = _Writer(graph, plan, narrow, Conditions(graph))
     for site, slot in plan.activations.items():
         if isinstance(site, Result):
             writer.quantize_result(site.tensor, slot)
@@ -86,9 +88,7 @@ def render_qdq(model: Model, plan: QuantPlan, target: Target) -> Model:
         compute_in_float32(graph, half)
     cache = render_cache(graph, plan.io)
     rendered = graph.to_model()
-    if "" in writer.static and all(value.name != TIMESTEP for value in graph.inputs):
-        step = onnx.helper.make_tensor_value_info(TIMESTEP, TensorProto.INT64, [])
-        rendered.proto.graph.input.append(step)
+    writer.conditions.declare(rendered.proto)
     declare_cache(rendered.proto, cache)
     rendered.proto.ir_version = lowest_ir(rendered.proto)
     return rendered
@@ -101,10 +101,10 @@ class _Writer:
     graph: Graph
     plan: QuantPlan
     half: frozenset[str]
+    conditions: Conditions
     pairs: dict[tuple[str, str], gs.Tensor] = field(default_factory=dict)
     numbers: dict[tuple[str, str], tuple[gs.Constant, gs.Constant]] = field(default_factory=dict)
     weights: dict[tuple[str, bool], gs.Tensor] = field(default_factory=dict)
-    static: dict[str, gs.Tensor] = field(default_factory=dict)
     rows: dict[tuple[str, str], Rows] = field(default_factory=dict)
 
     def quantize_result(self, name: str, slot: Slot) -> None:
@@ -145,9 +145,9 @@ class _Writer:
         if key not in self.rows:
             rows = normalize(self.graph, tensor, _float_type(self.graph, node), slot.spec.symmetric)
             assert isinstance(slot.spec.grain, PerToken)
-            if slot.spec.grain.while_ is not None:
-                static = self._is_static(tensor, slot.spec.grain.while_)
-                rows = switch(self.graph, rows, tensor, self.plan.params[slot.params], static)
+            if (while_ := slot.spec.grain.while_) is not None:
+                static = self.conditions.is_static(tensor, while_)
+                rows = switch(self.graph, rows, tensor, self._known(slot.params, while_), static)
             params = row_params(slot.spec.dtype)
             real = self._pair(rows.values, slot.params, params, use.node in self.half)
             self.rows[key] = replace(rows, values=real)
@@ -155,26 +155,15 @@ class _Writer:
         weight = next(s for u, s in self.plan.weights.items() if u.node == use.node)
         scale_back(self.graph, node, self.rows[key], self.plan.weight_codes[weight.params])
 
-    def _is_static(self, tensor: gs.Tensor, unless: BelowTimestep | ManyTokens) -> gs.Tensor:
-        """A scalar bool that is false while ``unless`` holds for the rows of ``tensor``."""
-        graph = self.graph
-        key = "" if isinstance(unless, BelowTimestep) else tensor.name
-        if key not in self.static:
-            base = key or TIMESTEP
-            if isinstance(unless, BelowTimestep):
-                given = any(value.name == TIMESTEP for value in graph.inputs)
-                step = graph.tensor(TIMESTEP) if given else gs.Variable(TIMESTEP)
-                limit = graph.constant(f"{base}_limit", np.asarray(unless.threshold, np.int64))
-                op, pair = "GreaterOrEqual", [step, limit]
-            else:
-                shape, length = graph.variable(f"{base}_shape"), graph.variable(f"{base}_length")
-                graph.add_node("Shape", f"{base}_Shape", [tensor], [shape])
-                place = graph.constant(f"{base}_tokens", np.asarray(-2, np.int64))
-                graph.add_node("Gather", f"{base}_Gather", [shape, place], [length], {"axis": 0})
-                op, pair = "Equal", [length, graph.constant(f"{base}_one", np.asarray(1, np.int64))]
-            self.static[key] = graph.variable(f"{base}_is_static")
-            graph.add_node(op, f"{base}_{op}", pair, [self.static[key]])
-        return self.static[key]
+    def _known(self, key: str, while_: BelowTimestep | ManyTokens) -> Known:
+        """The numbers that serve where the rows' own do not: those of the time step, where there are several."""
+        table = self.plan.timesteps.get(key)
+        if table is None or not isinstance(while_, BelowTimestep):
+            return Known((self.plan.params[key],))
+        table = {step: params for step, params in table.items() if step >= while_.threshold}
+        steps = sorted(table)
+        row = self.conditions.row(steps) if len(steps) > 1 else None
+        return Known(tuple(table[step] for step in steps), row)
 
     def quantize_weight(self, use: Use, slot: Slot) -> None:
         """Nodes whose weights share a params id share one integer tensor."""

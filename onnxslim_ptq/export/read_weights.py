@@ -11,9 +11,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from calib.types import Array
+from onnxslim_ptq.core.timesteps import CalibratedSteps
 from onnxslim_ptq.errors import GraphError
 
-__all__ = ["read_tensors", "read_weight_files", "tensor_files"]
+__all__ = ["read_steps", "read_tensors", "read_weight_files", "tensor_files"]
 
 _MAX_JSON = 256 * 1024**2
 _FACTS = ("model_quant_type", "version", "fa_quant_type", "group_size")
@@ -65,6 +66,20 @@ def read_weight_files(description: Path) -> tuple[Tensors, dict[str, str]]:
                 f"'{description.name}' names the tensor '{name}', which no .safetensors beside it holds"
             )
     return tensors, {name: document[name] for name in tensors}
+
+
+def read_steps(description: Path) -> CalibratedSteps | None:
+    """The time steps that the rows of W8A8_TIMESTEP tensors are of, None where the files beside ``description`` do not
+    tell; raises GraphError as `read_weight_files` does."""
+    for path in tensor_files(description):
+        _, metadata = read_tensors(path, ())
+        try:
+            steps = CalibratedSteps.read(metadata)
+        except ValueError as error:
+            raise GraphError(f"'{path}' is damaged: {error}") from None
+        if steps is not None:
+            return steps
+    return None
 
 
 def tensor_files(description: Path) -> list[Path]:

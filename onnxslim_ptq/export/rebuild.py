@@ -18,6 +18,7 @@ from calib.types import Array
 from onnxslim_ptq.core.dtypes import INT8, INT32
 from onnxslim_ptq.core.qmath import quantize_bias
 from onnxslim_ptq.core.spec import (
+    BelowTimestep,
     BiasCodes,
     Grain,
     ManyTokens,
@@ -32,9 +33,10 @@ from onnxslim_ptq.core.spec import (
     WeightCodes,
 )
 from onnxslim_ptq.core.targets import BiasForm, Target
+from onnxslim_ptq.core.timesteps import CalibratedSteps
 from onnxslim_ptq.errors import GraphError
 from onnxslim_ptq.export.qdq import render_qdq
-from onnxslim_ptq.export.read_weights import read_weight_files
+from onnxslim_ptq.export.read_weights import read_steps, read_weight_files
 from onnxslim_ptq.export.tensors import ATTENTION, FLOAT, bias_of, out_in
 from onnxslim_ptq.graph.attention import find_attention
 from onnxslim_ptq.graph.edit import own_constant
@@ -58,6 +60,7 @@ def rebuild(
         GraphError: the files do not fit the model.
     """
     tensors, kinds = read_weight_files(description)
+    steps = read_steps(description)
     graph = Graph(raise_opset(source, PER_CHANNEL_OPSET))
     optimize(graph)
     plan, used = QuantPlan(), set()
@@ -80,7 +83,7 @@ def rebuild(
         if given is not None and bias is not None:
             _set(graph, bias.node, bias.port, given)
         if kinds[f"{module}.weight"] != FLOAT:
-            _plan_layer(graph, plan, layer, module, tensors, kinds[f"{module}.weight"], target)
+            _plan_layer(graph, plan, layer, module, tensors, kinds[f"{module}.weight"], target, steps)
     _plan_attention(graph, plan, tensors)
     rest = {k: v for k, v in tensors.items() if k not in used and kinds[k] != ATTENTION}
     _set_constants(graph, rest)
@@ -97,13 +100,22 @@ _PARTS = (
     "quant_bias",
     "deq_scale",
 )
-_KINDS = ("W8A8", "W8A8_DYNAMIC", "W8A8_MIX", "W8A16")
+_KINDS = ("W8A8", "W8A8_DYNAMIC", "W8A8_TIMESTEP", "W8A8_MIX", "W8A16")
+Rows = list[tuple[float, int]]
 
 
 def _plan_layer(
-    graph: Graph, plan: QuantPlan, layer: Linear, module: str, tensors: Tensors, kind: str, target: Target
+    graph: Graph,
+    plan: QuantPlan,
+    layer: Linear,
+    module: str,
+    tensors: Tensors,
+    kind: str,
+    target: Target,
+    steps: CalibratedSteps | None,
 ) -> None:
-    _require_kind(module, kind)
+    if kind not in _KINDS:
+        raise GraphError(f"'{module}' has the kind {kind}; a graph can be made of {', '.join(_KINDS)}")
     stored = _weight(graph, layer, module, tensors)
     weight = Slot(stored.params.spec, f"{module}.weight")
     plan.weights[Use(layer.node, layer.weight)] = weight
@@ -112,39 +124,62 @@ def _plan_layer(
     if kind == "W8A8_DYNAMIC":
         rows = QuantSpec(target.activation, PerToken(), target.symmetric_activation)
         plan.activations[site] = Slot(rows, f"{layer.activation_name}@token")
-    if kind not in ("W8A8", "W8A8_MIX"):
+    if kind in ("W8A8_DYNAMIC", "W8A16"):
         return
-    dtype = target.activation
-    shift = 0 if dtype.signed else (dtype.highest + 1) // 2
-    s_x, offset = (_numbers(tensors, module, part, 1)[0] for part in ("input_scale", "input_offset"))
-    if s_x <= 0 or not -128 <= offset <= 127 or offset != int(offset):
-        raise GraphError(
-            f"'{module}' has input_scale {s_x:g} and input_offset {offset:g}; the files are damaged"
-        )
-    zero = np.asarray(int(offset) + shift, np.int64)
-    act = QuantSpec(dtype, PerTensor(), target.symmetric_activation)
-    # Readers of one tensor that share its numbers share the quantizer, as in the graph the files came from.
-    key = f"{layer.activation_name}@{float(s_x)!r}@{int(zero)}"
-    plan.params[key] = QParams(act, np.asarray(s_x), zero)
-    if kind == "W8A8_MIX":
-        act = QuantSpec(dtype, PerToken(ManyTokens()), target.symmetric_activation)
-    plan.activations[site] = Slot(act, key)
+    plan.activations[site] = slot = _known_input(plan, layer, module, tensors, kind, target, steps)
     if kind == "W8A8" and layer.bias is not None and target.bias is BiasForm.INT32:
+        s_x = plan.params[slot.params].scale
         values = np.asarray(graph.value(graph.node(layer.node).inputs[layer.bias]), np.float64)
         both = np.asarray(np.float32(s_x * np.broadcast_to(stored.params.scale, values.shape)), np.float64)
         integers, clipped = quantize_bias(values, both)
         bias = QuantSpec(INT32, PerChannel(0), True)
         plan.biases[Use(layer.node, layer.bias)] = Slot(bias, f"{module}.bias")
-        plan.bias_codes[f"{module}.bias"] = BiasCodes(integers, both, key, weight.params, clipped)
+        plan.bias_codes[f"{module}.bias"] = BiasCodes(integers, both, slot.params, weight.params, clipped)
 
 
-def _require_kind(module: str, kind: str) -> None:
-    if kind == "W8A8_TIMESTEP":
+def _known_input(
+    plan: QuantPlan,
+    layer: Linear,
+    module: str,
+    tensors: Tensors,
+    kind: str,
+    target: Target,
+    steps: CalibratedSteps | None,
+) -> Slot:
+    """The slot of the layer's input, whose numbers are in the files: one pair, or one for each calibrated step."""
+    if kind != "W8A8_TIMESTEP":
+        steps = None
+    elif steps is None:
         raise GraphError(
-            f"'{module}' has the kind {kind}: its files do not tell from which time step it is static"
+            f"'{module}' has the kind {kind}: its files do not tell from which time step it is static; "
+            "save the session again with this version"
         )
-    if kind not in _KINDS:
-        raise GraphError(f"'{module}' has the kind {kind}; a graph can be made of {', '.join(_KINDS)}")
+    rows = _input_rows(tensors, module, 1 if steps is None else len(steps.rows))
+    dtype, symmetric = target.activation, target.symmetric_activation
+    shift = 0 if dtype.signed else (dtype.highest + 1) // 2
+    spec = QuantSpec(dtype, PerTensor(), symmetric)
+    params = [QParams(spec, np.asarray(s), np.asarray(z + shift, np.int64)) for s, z in rows]
+    # Readers of one tensor that share its numbers share the quantizer, as in the graph the files came from.
+    key = f"{layer.activation_name}@{rows!r}"
+    plan.params[key] = params[0]
+    if steps is not None:
+        plan.timesteps[key] = dict(zip(steps.rows, params, strict=True))
+        plan.params[key] = plan.timesteps[key][steps.threshold]
+        spec = QuantSpec(dtype, PerToken(BelowTimestep(steps.threshold)), symmetric)
+    if kind == "W8A8_MIX":
+        spec = QuantSpec(dtype, PerToken(ManyTokens()), symmetric)
+    return Slot(spec, key)
+
+
+def _input_rows(tensors: Tensors, module: str, count: int) -> Rows:
+    """``count`` scales and signed zero points of the layer's input."""
+    scales, offsets = (_numbers(tensors, module, part, count) for part in ("input_scale", "input_offset"))
+    for s_x, offset in zip(scales, offsets, strict=True):
+        if s_x <= 0 or not -128 <= offset <= 127 or offset != int(offset):
+            raise GraphError(
+                f"'{module}' has input_scale {s_x:g} and input_offset {offset:g}; the files are damaged"
+            )
+    return [(float(s), int(z)) for s, z in zip(scales, offsets, strict=True)]
 
 
 def _weight(graph: Graph, layer: Linear, module: str, tensors: Tensors) -> WeightCodes:

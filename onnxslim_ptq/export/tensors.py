@@ -39,6 +39,7 @@ from onnxslim_ptq.core.spec import (
     Use,
     WeightCodes,
 )
+from onnxslim_ptq.core.timesteps import CalibratedSteps
 from onnxslim_ptq.errors import GraphError
 from onnxslim_ptq.graph.edit import following_bias
 from onnxslim_ptq.graph.graph import Graph
@@ -63,11 +64,13 @@ _WIDTHS = (np.float32, np.float16)
 class TensorSet:
     """Tensors by name, and the kind of each (FLOAT, W8A8, W8A8_DYNAMIC, W8A16); ``quant_type`` is the model's.
 
-    ``facts``: what the description says beside that.
+    ``facts``: what the description says beside that. ``steps``: which time steps the rows of W8A8_TIMESTEP are of; the
+    document's description has no place for it, so it goes to the metadata of the .safetensors file.
     """
 
     quant_type: str
     facts: dict[str, str] = field(default_factory=dict)
+    steps: CalibratedSteps | None = None
     tensors: dict[str, Array] = field(default_factory=dict)
     kinds: dict[str, str] = field(default_factory=dict)
 
@@ -98,7 +101,7 @@ def layer_tensors(graph: Graph, plan: QuantPlan, modules: Mapping[str, str], qua
     Raises:
         GraphError: a weight has a form these files do not have, or two tensors one name.
     """
-    made = TensorSet(quant_type)
+    made = TensorSet(quant_type, steps=_steps(plan))
     told: set[str] = set()
     for layer in find_linears(graph)[0]:
         node, module = graph.node(layer.node), modules[layer.node]
@@ -122,6 +125,22 @@ def layer_tensors(graph: Graph, plan: QuantPlan, modules: Mapping[str, str], qua
         made.add(f"{prefix}.offset", np.zeros(scale.shape, np.int8), ATTENTION)
         made.facts["fa_quant_type"] = ATTENTION
     return made
+
+
+def _steps(plan: QuantPlan) -> CalibratedSteps | None:
+    """GraphError when layers become static at different steps: these files know one threshold for all."""
+    switched = {
+        (grain.while_.threshold, tuple(sorted(plan.timesteps[slot.params])))
+        for slot in plan.activations.values()
+        if isinstance(grain := slot.spec.grain, PerToken) and isinstance(grain.while_, BelowTimestep)
+    }
+    if len(switched) > 1:
+        several = ", ".join(str(threshold) for threshold, _ in sorted(switched))
+        raise GraphError(
+            f"timestep_sep is {several} in different steps of the recipe and these files have room for one; "
+            "give all the same, or leave out the weight files"
+        )
+    return CalibratedSteps(*switched.pop()) if switched else None
 
 
 def _quantized(

@@ -83,8 +83,9 @@ def files_of(made: TensorSet, how: WeightFiles) -> dict[str, Write]:
 
 def _tensor_files(made: TensorSet, how: WeightFiles) -> dict[str, Write]:
     name = how.safetensors_name or f"quant_model_weight_{made.quant_type.lower()}.safetensors"
+    metadata = None if made.steps is None else made.steps.metadata()
     if how.part_bytes is None:
-        return {name: _saving(made.tensors)}
+        return {name: _saving(made.tensors, metadata)}
     stem = name.removesuffix(".safetensors")
     shards = _shards(made.tensors, how.part_bytes)
     names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
@@ -92,7 +93,7 @@ def _tensor_files(made: TensorSet, how: WeightFiles) -> dict[str, Write]:
     total = sum(values.nbytes for values in made.tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": where}
     return {
-        **{file: _saving(shard) for file, shard in zip(names, shards, strict=True)},
+        **{file: _saving(shard, metadata) for file, shard in zip(names, shards, strict=True)},
         f"{stem}.safetensors.index.json": _dumping(index),
     }
 
@@ -125,11 +126,11 @@ def _numpy_files(made: TensorSet) -> dict[str, Write]:
     return {f"{kind}.npz": _zipping(table) for kind, table in sorted(tables.items())}
 
 
-def _saving(tensors: Mapping[str, Array]) -> Write:
+def _saving(tensors: Mapping[str, Array], metadata: dict[str, str] | None) -> Write:
     def write(path: Path) -> None:
         with create(path):  # refuses in words what the disk refuses
             pass
-        save_file({name: tensors[name] for name in sorted(tensors)}, path)
+        save_file({name: tensors[name] for name in sorted(tensors)}, path, metadata)
         path.chmod(_SECRET_TENSORS)
 
     return write

@@ -10,7 +10,7 @@ import numpy as np
 from calib.model import Model
 from calib.stats import HistogramStats, MeanStats
 from calib.types import Probe, Range, Stats
-from onnxslim_ptq.core.choice import AUTO, OUTPUT_MSE
+from onnxslim_ptq.core.choice import AUTO, OUTPUT_MSE, AddedBias
 from onnxslim_ptq.core.qmath import params_from_range, reciprocal_pair
 from onnxslim_ptq.core.spec import BelowTimestep, QParams, QuantPlan
 from onnxslim_ptq.steps.output_range import output_probes, output_range
@@ -18,7 +18,13 @@ from onnxslim_ptq.steps.placement import Placement
 from onnxslim_ptq.steps.ranges import after_ranges, candidates, fixed_range, range_probe, range_probes
 from onnxslim_ptq.steps.rounding import round_weights
 from onnxslim_ptq.steps.timesteps import timestep_ranges
-from onnxslim_ptq.steps.weights import add_bias_codes, add_weight_codes, correct_biases, mean_probe
+from onnxslim_ptq.steps.weights import (
+    add_bias_codes,
+    add_weight_codes,
+    correct_biases,
+    mean_probe,
+    round_added_biases,
+)
 from onnxslim_ptq.workspace import Workspace
 
 __all__ = ["apply", "probes"]
@@ -65,11 +71,14 @@ def apply(workspace: Workspace, placement: Placement, stats: Mapping[Probe, Stat
     if workspace.target.reciprocal_scale:
         plan.params = {key: reciprocal_pair(params) for key, params in plan.params.items()}
     add_bias_codes(workspace.graph, plan, layers)
+    whole = [layer for layer, choice in placement.layers.values() if choice.added_bias is AddedBias.INT32]
+    if round_added_biases(workspace.graph, plan, whole):
+        workspace.changed()
     return plan
 
 
 def _at_timesteps(workspace: Workspace, placement: Placement, plan: QuantPlan) -> None:
-    """Numbers at each time step; those at the threshold are the ones the graph has."""
+    """Numbers at each time step; those at the threshold stand where there is room for one."""
     for key, ranges in timestep_ranges(workspace, placement.tensors).items():
         placed = placement.tensors[key]
         assert isinstance(placed.while_, BelowTimestep)

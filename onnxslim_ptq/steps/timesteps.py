@@ -1,8 +1,8 @@
 """Numbers of static activations at each time step of a diffusion model.
 
 Samples carry the tag ``timestep_idx``. They are gathered from the highest step down, and a step's numbers are those of
-its own samples and of all higher steps: what the static form, which serves the steps from a threshold on, has seen.
-Source: msModelSlim, w8a8_timestep.
+its own samples and of all higher steps. Source: msModelSlim, w8a8_timestep. Each static step uses its own numbers, as
+MindIE-SD does with the tensors [T, 1] and [T, out]; msModelSlim's own check uses those of the threshold for all.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def timestep_ranges(workspace: Workspace, placed: Mapping[str, PlacedTensor]) ->
         if one.while_.threshold not in positions:
             known = ", ".join(map(str, sorted(positions)))
             raise CalibrationError(
-                f"timestep_sep: no sample has {TIMESTEP} {one.while_.threshold}, whose numbers serve the static steps; "
+                f"timestep_sep: no sample has {TIMESTEP} {one.while_.threshold}, the first static one; "
                 f"the samples have {known}"
             )
     probes = list(dict.fromkeys(p for one in depending.values() for p in range_probes(one)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +12,17 @@ from calib.stats import MeanStats
 from calib.types import Probe
 from onnxslim_ptq.core.dtypes import INT8
 from onnxslim_ptq.core.qmath import dequantize, grain_range, params_from_range, quantize, quantize_bias
-from onnxslim_ptq.core.spec import BiasCodes, QParams, QuantPlan, QuantSpec, Slot, Use, WeightCodes
+from onnxslim_ptq.core.spec import (
+    BiasCodes,
+    PerGroup,
+    PerToken,
+    QParams,
+    QuantPlan,
+    QuantSpec,
+    Slot,
+    Use,
+    WeightCodes,
+)
 from onnxslim_ptq.graph.edit import following_bias, own_constant
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.linears import Linear
@@ -25,6 +35,7 @@ __all__ = [
     "float_weight",
     "mean_probe",
     "output_shift",
+    "round_added_biases",
     "start_numbers",
 ]
 
@@ -173,6 +184,35 @@ def add_bias_codes(graph: Graph, plan: QuantPlan, layers: dict[str, Linear]) -> 
             clipped,
             graph.node(use.node).inputs[use.port].name,
         )
+
+
+def round_added_biases(graph: Graph, plan: QuantPlan, layers: Iterable[Linear]) -> int:
+    """The bias in the Add behind each MatMul with one known activation scale becomes a whole multiple of
+    float32(s_x * s_w), which changes an output by at most s_x * s_w / 2; returns how many changed.
+
+    An int32 accumulator holds no others: the graph then computes what the weight files say, y = (sum q_x q_w +
+    quant_bias) * deq_scale, and a MatMul with an Add what a Gemm with an int32 bias does.
+    """
+    changed = 0
+    for layer in layers:
+        activation = plan.activations.get(Use(layer.node, layer.activation))
+        if layer.op != "MatMul" or activation is None or isinstance(activation.spec.grain, PerToken):
+            continue
+        found = following_bias(graph, graph.node(layer.node), layer.channels)
+        weight = plan.weight_codes[plan.weights[Use(layer.node, layer.weight)].params].params
+        if found is None or found[2].dtype != np.float32 or isinstance(weight.spec.grain, PerGroup):
+            continue
+        add, port, old = found
+        s_x = np.float32(plan.params[activation.params].scale)
+        with np.errstate(all="ignore"):  # a product that float32 cannot hold leaves the bias as it is
+            unit = np.asarray(s_x * np.broadcast_to(weight.scale, old.shape).astype(np.float32), np.float64)
+            codes = np.rint(old / unit)
+            rounded = np.where(np.abs(codes) < _BIAS_ROOM, codes * unit, old).astype(old.dtype)
+        if not np.array_equal(rounded, old):
+            plan.uncorrected.setdefault(layer.node, (add.name, port, old))
+            own_constant(graph, add, port, rounded)
+            changed += 1
+    return changed
 
 
 def _slots(plan: QuantPlan, layer: Linear) -> tuple[Slot, Slot]:

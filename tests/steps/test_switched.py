@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from calib.errors import CalibrationError
 from calib.model import open_model
@@ -74,13 +74,30 @@ class TestTimestep:
         seen = outputs_of(timestep().model, at(9, data))
         assert sqnr_of(outputs_of(dynamic, plain(data)), seen) > 100
 
-    def test_from_the_threshold_on_it_is_the_static_model_of_those_steps(self) -> None:
+    @pytest.mark.parametrize(("steps", "reached"), [((10, 11, 14), 10), ((15, 16, 99), 15)])
+    def test_from_the_threshold_on_it_is_the_static_model_of_the_step_reached(
+        self, steps: tuple[int, ...], reached: int
+    ) -> None:
         data = feeds()
-        late = [{"x": feed["x"]} for feed in data if feed["timestep_idx"] >= 10]
+        late = [{"x": feed["x"]} for feed in data if feed["timestep_idx"] >= reached]
         result = quantize(model(), recipe("static"), late * 2, eval_data=late)
-        for step in (10, 11, 99):
+        for step in steps:
             seen = outputs_of(timestep().model, at(step, data))
             assert sqnr_of(outputs_of(result.model, plain(data)), seen) > 60
+
+    def test_layers_may_have_thresholds_of_their_own(self, tmp_path: Path) -> None:
+        """Each follows its own; the weight files have room for one."""
+        steps = recipe("timestep", timestep_sep=5)["steps"]
+        later = recipe("timestep", timestep_sep=15)["steps"][0]
+        steps.append({**later, "include": ["down"]})
+        data = feeds()
+        both = quantize(model(), {"steps": steps}, data, eval_data=data)
+        early, late = (timestep(sep).model for sep in (5, 15))
+        assert sqnr_of(outputs_of(early, at(15, data)), outputs_of(both.model, at(15, data))) > 100
+        assert sqnr_of(outputs_of(late, at(4, data)), outputs_of(both.model, at(4, data))) > 100
+        assert sqnr_of(outputs_of(early, at(7, data)), outputs_of(both.model, at(7, data))) < 60
+        with pytest.raises(GraphError, match=r"timestep_sep is 5, 15 in .* these files have room for one"):
+            both.save(tmp_path / "m.onnx", weights=WeightFiles())
 
     def test_the_weights_are_there_once_and_stay_integer(self) -> None:
         proto = timestep().model
@@ -137,10 +154,50 @@ class TestTimestep:
         )
         deq = tensors["up.input_scale"] * tensors["up.weight_scale"].T
         np.testing.assert_array_equal(tensors["up.deq_scale"], deq.view(np.int32).astype(np.int64))
-        with pytest.raises(GraphError, match="do not tell from which time step it is static"):
-            rebuild(
-                open_model(model()), tmp_path / "quant_model_description_w8a8_timestep.json", TARGETS["cpu"]
+        paths = json.loads((tmp_path / "m.json").read_text())
+        told = next(a for name, a in paths["activations"].items() if name == "x")["timesteps"]
+        assert told["steps"] == list(STEPS)
+        assert told["scale"] == pytest.approx(tensors["up.input_scale"][:, 0].tolist(), rel=1e-6)
+
+    def test_the_files_rebuild_the_switching_graph(self, tmp_path: Path) -> None:
+        """The threshold and the steps of the rows are in the metadata of the tensors' file."""
+        result, data = timestep(), feeds()
+        result.save(tmp_path / "m.onnx", weights=WeightFiles(part_bytes=4000))
+        description = tmp_path / "quant_model_description_w8a8_timestep.json"
+        write_model(rebuild(open_model(model()), description, TARGETS["cpu"]), tmp_path / "again.onnx")
+        again = onnx.load(tmp_path / "again.onnx")
+        for step in (0, 9, 10, 14, 15, 20):
+            np.testing.assert_array_equal(
+                outputs_of(result.model, at(step, data)), outputs_of(again, at(step, data))
             )
+
+    @pytest.mark.parametrize(
+        ("metadata", "says"),
+        [
+            (
+                None,
+                "'up' has the kind W8A8_TIMESTEP: its files do not tell from which time step it is static",
+            ),
+            ("[]", "is damaged: metadata 'onnxslim_ptq.timesteps' holds no static_from and rows"),
+            ('{"static_from": 7, "rows": [0, 5, 10, 15]}', "is damaged: time steps are not ascending"),
+            ('{"static_from": 0, "rows": [0, true]}', "is damaged: time steps are not ascending"),
+            (
+                '{"static_from": 0, "rows": [0, 5]}',
+                r"'up.input_scale' has shape \[4, 1\], not 2 finite numbers",
+            ),
+        ],
+    )
+    def test_files_that_do_not_tell_their_steps(
+        self, metadata: str | None, says: str, tmp_path: Path
+    ) -> None:
+        timestep().save(tmp_path / "m.onnx", weights=WeightFiles())
+        path = tmp_path / "quant_model_weight_w8a8_timestep.safetensors"
+        tensors = load_file(path)
+        path.unlink()
+        save_file(tensors, path, None if metadata is None else {"onnxslim_ptq.timesteps": metadata})
+        description = tmp_path / "quant_model_description_w8a8_timestep.json"
+        with pytest.raises(GraphError, match=says):
+            rebuild(open_model(model()), description, TARGETS["cpu"])
 
     def test_a_sample_without_its_step(self) -> None:
         data = [*feeds(1)[:3], *plain(feeds(1))]
@@ -149,7 +206,8 @@ class TestTimestep:
 
     def test_a_threshold_nobody_saw(self) -> None:
         with pytest.raises(
-            CalibrationError, match=r"no sample has timestep_idx 7, .* the samples have 0, 5, 10, 15"
+            CalibrationError,
+            match=r"no sample has timestep_idx 7, the first static one; the samples have 0, 5, 10, 15",
         ):
             timestep(7)
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from calib.model import Model
 from onnxslim_ptq import recipes
+from onnxslim_ptq.core.choice import AddedBias
 from onnxslim_ptq.errors import RecipeError
 from onnxslim_ptq.export.weight_files import WeightFiles
 from onnxslim_ptq.frontends.session.config import (
@@ -88,6 +89,10 @@ def recipe_of(
         "act": _activation(scheme),
         "bias_correction": False,
     }
+    if isinstance(scheme, W8A8ProcessorConfig):
+        quantize["added_bias"] = (
+            AddedBias.INT32
+        )  # an NPU adds quant_bias, which is whole, to its accumulators
     attention = [{"type": "attention"}] if isinstance(given.get("fa3"), FA3ProcessorConfig) else []
     whole = [*steps, quantize, *attention]
     return Recipe.load({"target": target, "names": dict(names or {}), "steps": whole})
