@@ -206,7 +206,7 @@ def round_added_biases(graph: Graph, plan: QuantPlan, layers: Iterable[Linear]) 
         s_x = np.float32(plan.params[activation.params].scale)
         with np.errstate(all="ignore"):  # a product that float32 cannot hold leaves the bias as it is
             unit = np.asarray(s_x * np.broadcast_to(weight.scale, old.shape).astype(np.float32), np.float64)
-            codes = np.rint(old / unit)
+            codes = np.rint(old.astype(np.float64) / unit)
             rounded = np.where(np.abs(codes) < _BIAS_ROOM, codes * unit, old).astype(old.dtype)
         if not np.array_equal(rounded, old):
             plan.uncorrected.setdefault(layer.node, (add.name, port, old))
