@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum
 
 from calib.ranges import RangeMethod
 from onnxslim_ptq.core.dtypes import INT8, IntType
@@ -66,7 +66,7 @@ class WeightForm:
     full_range: bool = False
 
 
-class AddedBias(StrEnum):
+class AddedBias(str, Enum):
     """What becomes of the bias in the Add behind a MatMul whose activation has a known scale s_x.
 
     INT32: it stays a float constant, rounded to a whole multiple of s_x * s_w, as an integer accumulator holds it.
