@@ -241,7 +241,7 @@ def _rendered(job: Job, workspace: Workspace, placement: Placement, plan: QuantP
         slow = unfused_layers(workspace, plan)
         if not slow:
             break
-        for name in slow:
+        for name in [use.node for use in plan.weights if use.node in slow]:  # in graph order
             leave_float(plan, placement, workspace.graph, name)
     rendered = RENDERERS[job.target.exporter].render(workspace.model(), plan, job.target)
     return guard_float_layers(rendered) if job.target.optimizes_here else rendered

@@ -49,7 +49,7 @@ def dry_placement(workspace: Workspace, layers: Layers) -> Placement:
             break
         helped = {n for n in stuck if n not in with_output and _can_have_output_q(placement, n, target)}
         with_output |= helped
-        floats |= {n: NOT_FUSED for n in stuck if n not in helped}
+        floats |= {n: NOT_FUSED for n in placement.layers if n in stuck - helped}  # in graph order
         placement = place(graph, layers, target, with_output, floats)
     return placement
 

@@ -176,6 +176,18 @@ class TestGivingUp:
         np.testing.assert_array_equal(values[add.input[1]], original["b1"])
         np.testing.assert_array_equal(values["w1"], original["w1"])
 
+    def test_reasons_stand_in_graph_order(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whatever the order of a set is in this process: two runs write the same bytes."""
+        from onnxslim_ptq import pipeline
+
+        backwards = dict.fromkeys(["mm3", "mm2", "mm1"]).keys()
+        monkeypatch.setattr(
+            pipeline, "unfused_layers", lambda _, plan: backwards if len(plan.weights) == 4 else set()
+        )
+        body = """g (float[N,16] x) => (float[N,16] y) { [mm1] a = MatMul (x, w) [mm2] b = MatMul (a, w)
+            [mm3] c = MatMul (b, w) [mm4] y = MatMul (c, w) }"""
+        assert list(quantized(parse(body, weights_of(3, w=(16, 16)))).skipped) == ["mm1", "mm2", "mm3"]
+
     def test_when_all_layers_turn_out_slow_nothing_is_written(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from onnxslim_ptq import pipeline
 
