@@ -12,10 +12,16 @@ __all__ = ["Selectable", "read_at"]
 
 @runtime_checkable
 class Selectable(Protocol):
-    """A data set that can skip samples without decoding them."""
+    """A data set that can skip samples without decoding them; those that derive from it are read whole by `read`."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Sample]:
+        return self.read(range(len(self)))
 
     def read(self, positions: Sequence[int]) -> Iterator[Sample]:
         """Yield the samples at the ascending ``positions``."""
+        ...
 
 
 def read_at(data: Dataset, positions: Sequence[int]) -> Iterator[Sample]:

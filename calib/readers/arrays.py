@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from calib.errors import CalibrationError
+from calib.readers.access import Selectable
 from calib.readers.archive import is_npz, open_members
 from calib.readers.check import check_feed
 from calib.readers.limits import ReadLimits, label
@@ -54,7 +55,7 @@ class _Source:
 
 
 @dataclass(frozen=True)
-class _FileDataset:
+class _FileDataset(Selectable):
     sources: tuple[_Source, ...]
     inputs: tuple[InputInfo, ...]
     count: int
@@ -62,9 +63,6 @@ class _FileDataset:
 
     def __len__(self) -> int:
         return self.count
-
-    def __iter__(self) -> Iterator[Sample]:
-        return self.read(range(self.count))
 
     def read(self, positions: Sequence[int]) -> Iterator[Sample]:
         """Yield the samples at ascending ``positions``; files without one are not opened."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from calib.errors import CalibrationError
-from calib.readers.access import read_at
+from calib.readers.access import Selectable, read_at
 from calib.readers.check import check_feed
 from calib.readers.limits import DEFAULT_LIMITS, ReadLimits, quoted
 from calib.types import Array, Dataset, Feed, InputInfo, Sample, SampleId
@@ -67,7 +67,7 @@ class _State:
 
 
 @dataclass
-class Feedback:
+class Feedback(Selectable):
     """Consecutive samples of ``base`` as steps of one sequence, ``reset_every`` of them or all.
 
     The first step of a sequence starts from ``initial``; each other one from what ``pairs`` (output -> input) gave
@@ -92,9 +92,6 @@ class Feedback:
 
     def __len__(self) -> int:
         return len(self.base)
-
-    def __iter__(self) -> Iterator[Sample]:
-        return self.read(range(len(self)))
 
     def read(self, positions: Sequence[int]) -> Iterator[Sample]:
         """Yield the samples at ascending ``positions``; the model runs on those before them in their sequence."""

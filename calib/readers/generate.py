@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from calib.errors import CalibrationError
+from calib.readers.access import Selectable
 from calib.readers.limits import DEFAULT_LIMITS, ReadLimits, quoted
 from calib.types import Array, Dataset, Feed, InputInfo, Sample, SampleId
 
@@ -112,16 +113,13 @@ class _Plan:
 
 
 @dataclass(frozen=True)
-class _SyntheticDataset:
+class _SyntheticDataset(Selectable):
     plans: tuple[_Plan, ...]
     count: int
     seed: int
 
     def __len__(self) -> int:
         return self.count
-
-    def __iter__(self) -> Iterator[Sample]:
-        return self.read(range(self.count))
 
     def read(self, positions: Sequence[int]) -> Iterator[Sample]:
         """Yield the samples at ``positions``; each is drawn from its own generator."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calib.errors import CalibrationError
+from calib.readers.access import Selectable
 from calib.readers.check import check_feed
 from calib.readers.limits import ReadLimits, label, place_of, quoted
 from calib.readers.preprocess import PRESETS, ImagePreprocess, for_input, to_tensor
@@ -84,7 +85,7 @@ def _pillow(where: str) -> Any:
 
 
 @dataclass(frozen=True)
-class _ImageDataset:
+class _ImageDataset(Selectable):
     files: tuple[Path, ...]
     info: InputInfo
     how: ImagePreprocess
@@ -92,9 +93,6 @@ class _ImageDataset:
 
     def __len__(self) -> int:
         return len(self.files)
-
-    def __iter__(self) -> Iterator[Sample]:
-        return self.read(range(len(self.files)))
 
     def read(self, positions: Sequence[int]) -> Iterator[Sample]:
         """Yield the samples at ``positions``; other files are not opened."""

@@ -9,7 +9,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from calib.readers.access import read_at
+from calib.readers.access import Selectable, read_at
 from calib.readers.limits import DEFAULT_LIMITS, ReadLimits
 from calib.readers.split import take
 from calib.types import Dataset, Sample
@@ -49,15 +49,12 @@ def chain(parts: Sequence[Dataset], limits: ReadLimits = DEFAULT_LIMITS) -> Data
 
 
 @dataclass(frozen=True)
-class _Chain:
+class _Chain(Selectable):
     parts: tuple[Dataset, ...]
     ends: tuple[int, ...]
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
-
-    def __iter__(self) -> Iterator[Sample]:
-        return self.read(range(len(self)))
 
     def read(self, positions: Sequence[int]) -> Iterator[Sample]:
         """Yield the samples at ascending ``positions``; parts without one are not read."""
@@ -72,7 +69,7 @@ class _Chain:
 
 
 @dataclass(frozen=True)
-class _Shuffled:
+class _Shuffled(Selectable):
     """Sample i is the sample ``order[i]`` of ``base``."""
 
     base: Dataset
@@ -80,9 +77,6 @@ class _Shuffled:
 
     def __len__(self) -> int:
         return len(self.order)
-
-    def __iter__(self) -> Iterator[Sample]:
-        return self.read(range(len(self)))
 
     def read(self, positions: Sequence[int]) -> Iterator[Sample]:
         """Yield the samples at ``positions``, each read on its own."""

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from calib.errors import CalibrationError
-from calib.readers.access import read_at
+from calib.readers.access import Selectable, read_at
 from calib.types import Dataset, Sample
 
 __all__ = ["JUDGED", "MeasuredOn", "split_held_out", "spread", "subset", "take"]
@@ -22,7 +22,7 @@ JUDGED = 16  # samples that anything but a statistic may look at
 
 
 @dataclass(frozen=True)
-class _Subset:
+class _Subset(Selectable):
     """The samples of ``base`` at ascending ``positions``; they keep the ids they have in ``base``."""
 
     base: Dataset
@@ -30,9 +30,6 @@ class _Subset:
 
     def __len__(self) -> int:
         return len(self.positions)
-
-    def __iter__(self) -> Iterator[Sample]:
-        return self.read(range(len(self.positions)))
 
     def read(self, positions: Sequence[int]) -> Iterator[Sample]:
         """Yield the samples at ascending ``positions``."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from calib.errors import CalibrationError
+from calib.readers.access import Selectable
 from calib.readers.check import check_feed
 from calib.readers.jsonl import JSONL, parse_row
 from calib.readers.limits import ReadLimits, label, place_of
@@ -101,7 +102,7 @@ def _opened(path: Path) -> IO[bytes]:
 
 
 @dataclass(frozen=True)
-class _TextDataset:
+class _TextDataset(Selectable):
     sources: tuple[_Source, ...]
     inputs: tuple[InputInfo, ...]
     encoder: Encoder | None
@@ -110,9 +111,6 @@ class _TextDataset:
 
     def __len__(self) -> int:
         return self.count
-
-    def __iter__(self) -> Iterator[Sample]:
-        return self.read(range(self.count))
 
     def read(self, positions: Sequence[int]) -> Iterator[Sample]:
         """Yield the samples at ascending ``positions``; other lines are not read."""
