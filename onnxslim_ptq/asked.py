@@ -65,6 +65,8 @@ class Asked:
         target = TARGETS.get(self.target or recipe.target)
         if target is None:
             raise RecipeError(f"target '{self.target}' is unknown; use one of {', '.join(TARGETS)}")
+        if target.name != recipe.target:  # what the recipe says has to hold for this target
+            recipe = Recipe.load({**recipe.dump(), "target": target.name})
         if self.nan not in _NAN_POLICIES:
             raise RecipeError(f"nan: '{self.nan}' is unknown; use one of {', '.join(_NAN_POLICIES)}")
         require_device(self.device)

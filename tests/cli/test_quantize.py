@@ -297,3 +297,16 @@ def test_names_cannot_steer_the_terminal(tmp_path: Path, capsys: Captured) -> No
     text = capsys.readouterr().out
     assert "\x1b" not in text
     assert "bad\\x1b[31mname" in text
+
+
+def test_the_target_of_the_command_line_judges_the_recipe(tmp_path: Path, capsys: Captured) -> None:
+    """4-bit weights go with per-token activations off the cpu only, whatever target the recipe names."""
+    recipe = tmp_path / "a8w4.yaml"
+    recipe.write_text(
+        "target: generic\n"
+        "steps:\n  - {type: quantize, weight: {dtype: int4}, act: {per: token, when: dynamic}}\n"
+    )
+    arguments = [MODEL, str(tmp_path / "m.onnx"), "--calib", CALIB, "--recipe", str(recipe), "--dry-run"]
+    assert main(arguments) == 0
+    assert main([*arguments, "--target", "cpu"]) == 2
+    assert "steps[0].weight: integer kernels take symmetric int8 weights" in capsys.readouterr().err
