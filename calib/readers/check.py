@@ -10,7 +10,7 @@ from calib.errors import CalibrationError
 from calib.readers.limits import quoted
 from calib.types import Array, InputInfo
 
-__all__ = ["check_feed"]
+__all__ = ["check_feed", "numbers_of"]
 
 
 def check_feed(
@@ -31,6 +31,16 @@ def check_feed(
         _check_shape(feed[info.name], info, place, first_axis_cure)
         result[info.name] = _contiguous(_cast(feed[info.name], info.dtype, place))
     return result
+
+
+def numbers_of(value: object, dtype: np.dtype[np.generic]) -> tuple[Array, Array]:
+    """Nested lists as numpy reads them, and the same as ``dtype``; whether that lost anything is the caller's to judge.
+
+    Raises ValueError, TypeError or OverflowError for what is no array of numbers.
+    """
+    exact = np.asarray(value)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return exact, exact.astype(dtype)
 
 
 def _check_names(feed: Mapping[str, Array], inputs: Sequence[InputInfo], where: str) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from calib.errors import CalibrationError
 from calib.readers.access import read_at
+from calib.readers.check import numbers_of
 from calib.readers.limits import DEFAULT_LIMITS, ReadLimits, quoted
 from calib.types import Array, Dataset, Feed, InputInfo, Sample
 
@@ -86,9 +87,7 @@ def constant_feed(
 def _constant(value: Any, info: InputInfo, limits: ReadLimits) -> Array:
     place = f"data.constants.{info.name}"
     try:
-        exact = np.asarray(value)
-        with np.errstate(over="ignore", invalid="ignore"):  # judged below
-            array = exact.astype(info.dtype)
+        exact, array = numbers_of(value, info.dtype)
     except (ValueError, TypeError, OverflowError):
         raise CalibrationError(
             f"{place}: not values of {info.dtype}; give a number or nested lists"

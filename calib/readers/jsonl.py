@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from calib.errors import CalibrationError
+from calib.readers.check import numbers_of
 from calib.readers.limits import quoted
 from calib.readers.tags import TAGS
 from calib.types import Array, Feed, InputInfo
@@ -64,9 +65,7 @@ def parse_row(line: str, inputs: Sequence[InputInfo], where: str) -> str | Feed:
 def _numbers(value: Any, info: InputInfo, place: str) -> Array:
     cure = f"give {'whole ' if info.dtype.kind in 'iu' else ''}numbers in lists of equal length"
     try:
-        exact = np.asarray(value)
-        with np.errstate(over="ignore", invalid="ignore"):  # judged below
-            array: Array = exact.astype(info.dtype)
+        exact, array = numbers_of(value, info.dtype)
     except (ValueError, TypeError, OverflowError):
         raise CalibrationError(f"{place} are no values of {info.dtype}; {cure}") from None
     integral = info.dtype.kind in "iub"
