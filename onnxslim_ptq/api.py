@@ -61,11 +61,17 @@ class Result:
     context: Context
     _first: tuple[Mapping[str, Array], list[Array]] = field(repr=False)
     blockwise: bool = False
+    _rescaled: Model | None = field(default=None, repr=False)
 
     @property
     def skipped(self) -> dict[str, str]:
         """Every layer that stayed float, with its reason."""
         return self.plan.skipped
+
+    @property
+    def exact(self) -> Model:
+        """The float model to compare layers with: smoothed as the quantized one is."""
+        return self._rescaled or self.source
 
     @property
     def model(self) -> onnx.ModelProto:
@@ -229,6 +235,7 @@ def _result(job: Job, outcome: Outcome, data: Samples, seed: int) -> Result:
         context,
         verified.first,
         job.gathering.blockwise is not None,
+        outcome.rescaled,
     )
 
 

@@ -39,7 +39,10 @@ __all__ = ["Outcome", "Planned", "choices", "float_graph", "make_plan", "run"]
 
 @dataclass
 class Outcome:
-    """The verified result: the rendered model, the float graph it came from, the plan and the measurements."""
+    """The verified result: the rendered model, the float graph it came from, the plan and the measurements.
+
+    ``rescaled``: the float model after smoothing, whose values mean what the quantized model's of that name mean; None
+    where nothing was smoothed."""
 
     quantized: Model
     graph: Graph
@@ -47,6 +50,7 @@ class Outcome:
     verification: Verification
     notes: list[str] = field(default_factory=list)
     smoothing: list[Smoothed] = field(default_factory=list)
+    rescaled: Model | None = None
 
 
 @dataclass
@@ -61,6 +65,7 @@ class Planned:
     notes: list[str]
     needs_layers: bool
     smoothed: list[Smoothed]
+    rescaled: Model | None
 
 
 @contextmanager
@@ -108,11 +113,13 @@ def _make_plan(job: Job) -> Planned:
     if needs_layers:
         _require_layers(job, placement.layers, {**skipped, **placement.skipped})
     beside = workspace.collect(others)  # before biases are corrected, which changes the graph
+    # Not block-wise: layers are not compared there, for want of memory.
+    rescaled = workspace.model() if smoothed and job.spool is None else None
     plan = quantize.apply(workspace, placement, stats)
     plan.io = kv_cache.apply(caches, beside)
     attention.apply(entering, beside, plan)
     workspace.memo.clear()  # histograms are no longer needed
-    return Planned(workspace, placement, plan, skipped, notes, needs_layers, smoothed)
+    return Planned(workspace, placement, plan, skipped, notes, needs_layers, smoothed, rescaled)
 
 
 def _smoothing(job: Job, notes: list[str]) -> list[SmoothingConfig]:
@@ -154,7 +161,8 @@ def _run(job: Job) -> Outcome:
         twin=renderer.twin(workspace.model(), plan, job.target),
     )
     _require(job, verification)
-    return Outcome(quantized, graph, plan, verification, notes + verification.warnings, planned.smoothed)
+    notes += verification.warnings
+    return Outcome(quantized, graph, plan, verification, notes, planned.smoothed, planned.rescaled)
 
 
 def _require_layers(job: Job, layers: Collection[object], skipped: Mapping[str, str]) -> None:

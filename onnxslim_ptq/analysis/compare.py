@@ -7,8 +7,8 @@ model (folding BatchNormalization keeps the name of the chain's end). Two errors
 * cumulative: what the quantized model holds there, with the errors of all layers before it;
 * local: what the layer makes of the *float* model's input through its own quantized input, weight and bias alone.
 
-Both suppose that a name means the same value in both models; where quantization rescaled a value on purpose, they
-mislead.
+Both suppose that a name means the same value in both models. Smoothing rescales values on purpose, so the layers of a
+smoothed model are compared with the float model after smoothing; where there is none, they mislead.
 """
 
 from __future__ import annotations
@@ -89,16 +89,18 @@ def compare_models(
     threads: int = 0,
     latency: bool = True,
     listener: Listener | None = None,
+    rescaled: Model | None = None,
 ) -> Comparison:
     """Run both models on every sample; GraphError when they do not have the same inputs and outputs.
 
+    ``rescaled``: what layers are compared with, the float model smoothed as ``quantized`` is; by default ``exact``.
     A model for Ascend is compared in standard operators, since ONNX Runtime does not know AscendQuant, and not timed.
     """
     _check_pair(exact, quantized)
     foreign = is_ascend(quantized)
     if foreign:
         quantized = lower_ascend(quantized)
-    outputs, layers, count = _Run(exact, quantized, threads).measure(data, listener)
+    outputs, layers, count = _Run(exact, quantized, rescaled or exact, threads).measure(data, listener)
     weights = _integer_weights(quantized)
     notes = [f for e in outputs for f in e.faults[:1]]
     if not layers:
@@ -132,10 +134,10 @@ def _check_pair(exact: Model, quantized: Model) -> None:
 class _Run:
     """The sessions of one comparison."""
 
-    def __init__(self, exact: Model, quantized: Model, threads: int) -> None:
+    def __init__(self, exact: Model, quantized: Model, inside: Model, threads: int) -> None:
         self.outputs = [o.name for o in exact.proto.graph.output]
-        self.layers = _layers(exact, quantized)
-        self.locals = _Locals(quantized, [la for la in self.layers if la.quantized], _tensors(exact))
+        self.layers = _layers(inside, quantized)
+        self.locals = _Locals(quantized, [la for la in self.layers if la.quantized], _tensors(inside))
         self.inputs = {i.name for i in exact.proto.graph.input}
         options = SessionOptions(threads=threads)
         results = [layer.tensor for layer in self.layers]
@@ -144,7 +146,7 @@ class _Run:
         self.names = list(dict.fromkeys([*results, *reads])) or self.outputs
         # Taps keep ONNX Runtime from fusing, so the outputs come from sessions without any.
         self.exact, self.plain = (_open(m.proto, m, options) for m in (exact, quantized))
-        self.exact_tapped = _open(tap(exact, self.names), exact, options)
+        self.exact_tapped = _open(tap(inside, self.names), inside, options)
         self.tapped = _open(tap(quantized, results), quantized, options) if results else None
 
     def measure(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -17,8 +16,8 @@ from calib.errors import QuantizationError
 from calib.model import Model, open_model
 from calib.scope import every_node, subgraphs
 from calib.tensors import nested_tensors
+from onnxslim_ptq.analysis.beside import document_beside
 from onnxslim_ptq.export.check import source_files
-from onnxslim_ptq.export.description import FORMAT
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.linears import Linear, find_linears
 from onnxslim_ptq.graph.names import module_names
@@ -29,7 +28,6 @@ from onnxslim_ptq.graph.smooth_groups import find_groups
 
 __all__ = ["Group", "Inspection", "Layer", "inspect_model"]
 
-_MAX_JSON = 256 * 1024**2
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
 
 
@@ -117,24 +115,10 @@ def inspect_model(path: Path, groups: bool = False) -> Inspection:
         functions=[f.name for f in proto.functions],
     )
     if integer:
-        found.calibration = _calibration(path)
+        calibration = (document_beside(path) or {}).get("calibration")
+        found.calibration = calibration if isinstance(calibration, dict) else None
     _describe_layers(found, model, groups)
     return found
-
-
-def _calibration(path: Path) -> dict[str, Any] | None:
-    """What the weights JSON beside a quantized model says of its calibration, when there is one."""
-    beside = path.with_suffix(".json")
-    try:
-        if not beside.is_file() or beside.stat().st_size > _MAX_JSON:
-            return None
-        document = json.loads(beside.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        return None
-    found = document.get("calibration")
-    return found if isinstance(found, dict) else None
 
 
 def _describe_layers(found: Inspection, model: Model, groups: bool) -> None:

@@ -16,6 +16,7 @@ from onnxslim_ptq.commands.given import asked_by
 from onnxslim_ptq.errors import QuantizationError
 
 if TYPE_CHECKING:
+    from calib.model import Model
     from onnxslim_ptq.analysis.compare import Comparison, LayerError
     from onnxslim_ptq.export.fusion import Island
 
@@ -77,11 +78,25 @@ def compare(
     source, result = open_model(exact), open_model(quantized)
     data, measured_on = measured_samples(source, loaded, asked)
     with Bars(json) as bars:
-        found = compare_models(source, result, data, threads=threads, listener=bars)
+        rescaled, note = _rescaled(source, result)
+        found = compare_models(source, result, data, threads=threads, listener=bars, rescaled=rescaled)
+        found.notes += note
     if json:
         emit_json(_as_json(found, exact, quantized, measured_on))
     else:
         _show(found, measured_on, verbose)
+
+
+def _rescaled(source: Model, quantized: Model) -> tuple[Model | None, list[str]]:
+    """The float model smoothed as the weights JSON beside the quantized one says; a note where that cannot be."""
+    from onnxslim_ptq.analysis.beside import document_beside, smoothed_as
+
+    try:
+        return smoothed_as(source, document_beside(quantized.path) or {}), []
+    except QuantizationError as error:
+        return None, [
+            f"errors of smoothed layers mislead: the scales in the weights JSON are not used, {error}"
+        ]
 
 
 def _as_json(found: Comparison, exact: Path, quantized: Path, measured_on: str) -> dict[str, Any]:

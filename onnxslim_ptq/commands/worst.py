@@ -46,7 +46,12 @@ def look_closer(result: Result, asked: Asked, count: int, *, latency: bool = Fal
     try:
         samples = list(take(samples_of(result.source, result.recipe, asked).evaluation, count))
         compared = compare_models(
-            result.source, result.quantized, samples, threads=asked.threads, latency=latency
+            result.source,
+            result.quantized,
+            samples,
+            threads=asked.threads,
+            latency=latency,
+            rescaled=result.exact,
         )
     except QuantizationError:
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from calib.model import open_model
 from calib.readers import from_iterable
 from onnxslim_ptq.analysis.compare import Comparison, compare_models
 from onnxslim_ptq.cli import main
+from tools import nets
 
 DIGITS = Path(__file__).resolve().parents[2] / "tools" / "digits"
 MODEL, CALIB = str(DIGITS / "digits.onnx"), str(DIGITS / "calib")
@@ -157,3 +159,69 @@ def test_integer_outputs_count_equal_values() -> None:
     found = _run(*whole, [{"x": np.array([[1.25, 0], [0, 3.0]], np.float32)}])
     assert found.outputs[0].as_json() == {"equal": 1.0}
     assert found.sqnr is None
+
+
+@pytest.fixture(scope="module")
+def smoothed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small decoder, samples, and a recipe that smooths in two ways."""
+    folder = tmp_path_factory.mktemp("smoothed")
+    onnx.save(nets.decoder(layers=1), folder / "float.onnx")
+    (folder / "samples").mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(12):
+        tokens = {"input_ids": rng.integers(0, 256, (1, 9)), "position_ids": np.arange(9)[None]}
+        past = {f"past_key_values.0.{kind}": np.zeros((1, 2, 0, 16), np.float32) for kind in ("key", "value")}
+        mask = {"attention_mask": np.ones((1, 9), np.int64)}
+        np.savez(folder / "samples" / f"{index:02}.npz", **tokens, **mask, **past)
+    recipe = "steps:\n  - {type: kv_smooth}\n  - {type: outlier_suppression_plus}\n  - {type: quantize}\n"
+    (folder / "recipe.yaml").write_text(recipe)
+    return folder
+
+
+class TestSmoothed:
+    """Smoothing rescales values between layers on purpose: that is no error of any layer."""
+
+    def arguments(self, command: str, smoothed: Path) -> list[str]:
+        models = [str(smoothed / name) for name in ("float.onnx", "int8.onnx")]
+        return [
+            command,
+            *models,
+            "--calib",
+            str(smoothed / "samples"),
+            "--recipe",
+            str(smoothed / "recipe.yaml"),
+        ]
+
+    def test_layers_are_compared_with_the_smoothed_float_model(
+        self, smoothed: Path, capsys: Captured
+    ) -> None:
+        assert main(self.arguments("quantize", smoothed)) == 0
+        text = capsys.readouterr().out
+        assert "norm-linear" in text
+        worst = next(line for line in text.splitlines() if line.startswith("worst layers alone"))
+        told = {float(word) for word in re.findall(r"(-?[\d.]+) dB", worst)}
+        assert min(told) > 15
+
+        assert main([*self.arguments("compare", smoothed), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        local = [layer["local"]["sqnr_db"] for layer in found["per_layer"] if layer["local"]]
+        assert len(local) == 8
+        assert min(local) > 15
+        assert found["notes"] == []
+
+        exact, seen = (open_model(smoothed / name) for name in ("float.onnx", "int8.onnx"))
+        feeds = [dict(np.load(path)) for path in sorted((smoothed / "samples").iterdir())[:2]]
+        plain = compare_models(exact, seen, from_iterable(feeds, exact.inputs()), latency=False)
+        assert min(la.local.sqnr for la in plain.layers if la.local and la.local.sqnr is not None) < 5
+
+    def test_scales_of_another_model_are_not_used(self, smoothed: Path, capsys: Captured) -> None:
+        assert main([*self.arguments("quantize", smoothed), "-q"]) == 0
+        path = smoothed / "int8.json"
+        document = json.loads(path.read_text())
+        path.write_text(json.dumps(document | {"source": {"file": "x", "sha256": "0" * 64}}))
+        assert main(self.arguments("compare", smoothed)) == 0
+        assert "errors of smoothed layers mislead" in capsys.readouterr().err
+        document["smoothing"][0]["group"] = ["nobody"]
+        path.write_text(json.dumps(document))
+        assert main(self.arguments("compare", smoothed)) == 0
+        assert "errors of smoothed layers mislead" in capsys.readouterr().err
