@@ -31,8 +31,9 @@ from onnxslim_ptq.pipeline import Planned, float_graph, make_plan
 from onnxslim_ptq.recipe import Recipe
 from onnxslim_ptq.resolution import named_layers
 
-__all__ = ["METRICS", "Analysis", "Ranked", "analyze", "analyze_as"]
+__all__ = ["METRICS", "NO_DATA", "Analysis", "Ranked", "analyze", "analyze_as"]
 
+NO_DATA = "no data was given: the ranking is that of random inputs"
 METRICS: dict[str, tuple[str, ...]] = {
     "linear": ("sqnr", *SPREADS),
     "attn": ("mse",),
@@ -89,7 +90,7 @@ def analyze_as(
     found = _by_spread(job, metric, wanted) if metric in SPREADS else _by_error(job, scope, metric, wanted)
     found.notes[:0] = data.notes
     if data.synthetic:
-        found.notes.append("no data was given: the ranking is that of random inputs")
+        found.notes.append(NO_DATA)
     return found
 
 

@@ -70,6 +70,8 @@ def analyze(
 
 
 def _show(found: Analysis, topk: int) -> None:
+    from onnxslim_ptq.sensitivity import NO_DATA
+
     shown = found.ranking[:topk]
     alone = " (SQNR of the outputs with only this layer quantized)" if found.metric == "sqnr" else ""
     count = f"{len(shown)} of {len(found.ranking)}" if len(shown) < len(found.ranking) else str(len(shown))
@@ -82,8 +84,10 @@ def _show(found: Analysis, topk: int) -> None:
     for line in columns(rows, right=frozenset({0, 3})):
         say(line)
     for text in found.notes:
-        if "simplified" not in text:
+        if text == NO_DATA:
             warn(text)
+        elif "simplified" not in text:
+            say(f"note: {text}")
     say("for a quantize step of the recipe (keep as many from the top as you need):")
     say(found.snippet(topk).rstrip())
     say(

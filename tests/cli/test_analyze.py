@@ -156,3 +156,12 @@ class TestAttention:
     def test_none(self) -> None:
         with pytest.raises(GraphError, match="no attention whose layers are quantized was found"):
             analyze(MODEL, "attn", calib_data=CALIB)
+
+
+def test_notes_are_no_warnings(capsys: Captured) -> None:
+    assert main(["analyze", "linear", MODEL, "--calib", CALIB, "--recipe", "w8a8-m4", "--topk", "1"]) == 0
+    text, errors = capsys.readouterr()
+    assert "note: iter_smooth scaled" in text
+    assert errors == ""
+    assert main(["analyze", "linear", MODEL, "--metrics", "std", "--topk", "1"]) == 0
+    assert capsys.readouterr().err == "warning: no data was given: the ranking is that of random inputs\n"
