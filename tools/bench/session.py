@@ -20,7 +20,7 @@ from tools.zoo.session import evaluate, open_session
 
 from .decoder import Decoder, against, losses_of
 from .machine import ROOT, stamp
-from .tables import markdown, refresh
+from .tables import markdown, number, refresh
 from .timing import medians_ms
 
 OUT = ROOT / "docs" / "benchmarks-session.md"
@@ -49,8 +49,9 @@ the size of the integers' steps and not clipping. With eight, late steps clip.
     "smollm2": """## A decoder
 
 SmolLM2-135M: perplexity over 32 windows of 256 tokens of held-out text, each fed in chunks of 1 to 64 tokens through
-the model's cache. Calibration: four windows. Goals: `w8a8_dynamic` at most 1.03 × float alone, 1.015 × with m4 or m6.
-`against float`: exp of the mean growth of a token's -log p, with its standard error from whole windows.
+the model's cache. Calibration: four windows. `against float`: exp of the mean growth of a token's -log p, with its
+standard error from whole windows. `SQNR`: of the logits of one window. Goals: `w8a8_dynamic` at most 1.03 × float
+alone, 1.015 × with m4 or m6; fa3 costs at most 1 dB.
 """,
     "minilm": """## An encoder
 
@@ -162,16 +163,16 @@ def measure_dit(form: str, folder: Path) -> dict[str, Any]:
 
 
 def measure_smollm2(form: str, folder: Path) -> dict[str, Any]:
-    """Losses of every token in nats."""
+    """SQNR of the logits of one window, and losses of every token in nats."""
     case = load("smollm2")
-    path = case.model
+    path, decibels = case.model, None
     if form != "float":
         path = folder / "smollm2.onnx"
         samples = [case.calibration[i] for i in range(0, 64, 16)]
-        make(form, case.model, samples, path, [case.evaluation[39]])
+        decibels = make(form, case.model, samples, path, [case.evaluation[39]])
     with np.load(case.model.parent / "tokens.npz") as arrays:
         found = losses_of(Decoder(path), arrays["evaluation"])
-    return {"losses": found.tolist()}
+    return {"db": decibels, "losses": found.tolist()}
 
 
 def measure_minilm(form: str, folder: Path) -> dict[str, Any]:
@@ -202,8 +203,9 @@ def rows_of(model: str, found: Mapping[str, Any]) -> tuple[list[str], list[list[
     rows = []
     for form, one in losses.items():
         ratio, error = against(one, losses["float"])
-        rows.append([f"`{form}`", f"{np.exp(one.mean()):.3f}", f"{ratio + 1:.4f} ± {error:.4f}"])
-    return ["form", "perplexity", "against float"], rows
+        decibels = number(found[form]["db"], 1)
+        rows.append([f"`{form}`", decibels, f"{np.exp(one.mean()):.3f}", f"{ratio + 1:.4f} ± {error:.4f}"])
+    return ["form", "SQNR dB", "perplexity", "against float"], rows
 
 
 _MEASURE = {"dit": measure_dit, "smollm2": measure_smollm2, "minilm": measure_minilm}
@@ -221,9 +223,12 @@ def main(arguments: Sequence[str]) -> int:
     if unknown := [form for form in options.forms if form not in known]:
         parser.error(f"no form {unknown[0]!r} of {options.model}; known: {', '.join(known)}")
     options.folder.mkdir(parents=True, exist_ok=True)
-    kept = options.folder / f"{options.model}.json"
+    kept = options.folder / f"results-{options.model}.json"  # the weights JSON of the model is another file
     found = json.loads(kept.read_text()) if kept.exists() else {}
-    for form in options.forms or known:
+    forms = options.forms or list(known)
+    if "float" in known and "float" not in [*found, *forms]:
+        forms = ["float", *forms]
+    for form in forms:
         found[form] = _MEASURE[options.model](form, options.folder)
         kept.write_text(json.dumps(found))
         print(form, {key: value for key, value in found[form].items() if key != "losses"}, flush=True)
