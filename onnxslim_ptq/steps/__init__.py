@@ -18,6 +18,7 @@ from onnxslim_ptq.steps import (
     outlier_suppression_lite,
     outlier_suppression_plus,
     smoothquant,
+    split_outliers,
 )
 from onnxslim_ptq.steps.placement import Placement
 from onnxslim_ptq.steps.smoothing import Smoothed, SmoothingConfig, chosen_groups
@@ -61,4 +62,5 @@ STEPS: dict[str, Step] = {
         outlier_suppression_plus.OutlierSuppressionPlus, _unplaced(outlier_suppression_plus.run)
     ),
     "smoothquant": Step(smoothquant.SmoothQuant, _unplaced(smoothquant.run)),
+    "split_outliers": Step(split_outliers.SplitOutliers, _unplaced(split_outliers.run)),
 }

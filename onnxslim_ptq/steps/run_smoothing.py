@@ -60,5 +60,7 @@ def smoothing_notes(done: Sequence[Smoothed]) -> list[str]:
     lines = []
     for step in dict.fromkeys(found.step for found in done):
         kinds = Counter(found.kind for found in done if found.step == step)
-        lines.append(f"{step} scaled " + ", ".join(f"{n} {kind}" for kind, n in kinds.items()) + " groups")
+        groups = ", ".join(f"{n} {kind}" for kind, n in kinds.items()) + " groups"
+        split = sum(len(found.channels) for found in done if found.step == step)
+        lines.append(f"{step} took {split} channels out of {groups}" if split else f"{step} scaled {groups}")
     return lines

@@ -71,17 +71,19 @@ class Found:
 
 @dataclass(frozen=True)
 class Smoothed:
-    """What was done to one group, for the weights JSON."""
+    """What was done to one group, for the weights JSON; ``channels`` were split off."""
 
     step: str
     kind: str
     nodes: tuple[str, ...]
     scale: Floats
     shift: Floats | None = None
+    channels: tuple[int, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         entry = {"step": self.step, "kind": self.kind, "group": list(self.nodes), "scale": self.scale}
-        return entry if self.shift is None else {**entry, "shift": self.shift}
+        more = {"shift": self.shift, "channels": list(self.channels) or None}
+        return {**entry, **{key: value for key, value in more.items() if value is not None}}
 
 
 def chosen_groups(

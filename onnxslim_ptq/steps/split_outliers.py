@@ -1,0 +1,68 @@
+"""Channels a hundred times larger than the others leave the integer product and are multiplied in float beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxslim_ptq.core.config import number
+from onnxslim_ptq.graph.smooth_groups import SmoothGroup
+from onnxslim_ptq.graph.split_channels import divides, split_channels
+from onnxslim_ptq.steps import smoothing
+from onnxslim_ptq.steps.smoothing import GroupsConfig, Smoothed
+from onnxslim_ptq.workspace import Workspace
+
+__all__ = ["SplitOutliers", "outliers", "run"]
+
+Floats = NDArray[np.float64]
+
+
+class SplitOutliers(GroupsConfig):
+    """``share``: of a value's channels that may leave; ``ratio``: how far the largest has to stand out."""
+
+    type: Literal["split_outliers"]
+    share: Annotated[float, number(0, 0.5, open_lo=True)] = 0.01
+    ratio: Annotated[float, number(2)] = 8.0
+
+
+def run(workspace: Workspace, groups: Sequence[SmoothGroup], config: SplitOutliers) -> list[Smoothed]:
+    """Split the `outliers` off every group whose layers are MatMul or Gemm.
+
+    x W + b = (x · m) W + x_C W_C + b with m_j = 0 for j in C, else 1, and rows C of W zero in the first product: it
+    is quantized, with a range that no channel of C widens; the second, of |C| channels, stays float. An explicit Mul
+    by m, a Gather, a small MatMul and an Add per layer run with the model. Before a step that smooths: the Mul takes
+    that step's scale. Source: T. Dettmers et al., *LLM.int8()*, NeurIPS 2022, section 3.2, here with channels that
+    calibration finds once instead of the runtime.
+    """
+    fitting = [group for group in groups if all(divides(workspace.graph, c) for c in group.consumers)]
+    stats = workspace.collect(smoothing.channel_probe(group) for group in fitting)
+    done = []
+    for group in fitting:
+        seen = smoothing.channels(group, stats)
+        chosen = () if seen is None else outliers(seen.absmax, config.share, config.ratio)
+        if chosen:
+            split_channels(workspace.graph, group.tensor, group.consumers, chosen)
+            nodes = tuple(c.node for c in group.consumers)
+            record = Smoothed(config.type, group.kind.value, nodes, np.ones(group.channels))
+            done.append(replace(record, channels=chosen))
+    if done:
+        workspace.changed()
+    return done
+
+
+def outliers(size: Floats, share: float, ratio: float) -> tuple[int, ...]:
+    """C = {j: A_j > 2 B} when max A >= ratio · B; B is the largest A_j once max(1, share · channels) are gone.
+
+    size: A_j = max |x_j| over all samples, float64 [channels]. Empty when no channel stands out, or B is 0.
+    """
+    many = max(1, int(share * size.size))
+    if many >= size.size:
+        return ()
+    base = float(np.sort(size)[::-1][many])
+    if base <= 0 or float(size.max()) < ratio * base:
+        return ()
+    return tuple(int(j) for j in np.flatnonzero(size > 2 * base))
