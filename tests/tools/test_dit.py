@@ -10,6 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from calib.model import open_model
+from onnxslim_ptq.core.targets import TARGETS
+from onnxslim_ptq.export.files import write_model
+from onnxslim_ptq.export.rebuild import rebuild
 from onnxslim_ptq.frontends.session import SaveProcessorConfig, SessionConfig, quant_model
 from tools.bench import session
 from tools.dit import sampling
@@ -78,4 +82,8 @@ def test_processors(
     if kind == "w8a8_timestep":
         assert tensors["blocks.1.fc1.input_scale"].shape == (STEPS, 1)
     seen = sampling.sample(session.runner(tmp_path / f"dit_{kind}.onnx"), SEEDS, STEPS)
+    description = tmp_path / f"quant_model_description_{kind}.json"
+    write_model(rebuild(open_model(sampling.MODEL), description, TARGETS["cpu"]), tmp_path / "again.onnx")
+    again = sampling.sample(session.runner(tmp_path / "again.onnx"), SEEDS, STEPS)
+    np.testing.assert_array_equal(seen, again)
     assert sampling.decibels(exact, seen).mean() > least

@@ -118,6 +118,9 @@ def changes_of(graph: Graph, source: Source, scale: Floats, shift: Floats | None
     if isinstance(source, ConstantScale):
         old = _float_value(graph, node, source.port)
         values = (old.astype(np.float64) - source.sign * moved) * divisor**source.power
+        # A bias [channels] stays one: with axes in front of it nobody would know it for the bias of a MatMul.
+        while values.ndim > max(old.ndim, 1) and values.shape[0] == 1:
+            values = values[0]
         yield Change(node, source.port, values, old.dtype)
         return
     weight, bias = (source.weight, source.bias) if isinstance(source, NormOutput) else (1, 2)
