@@ -7,6 +7,7 @@ import pytest
 
 from calib.model import open_model
 from calib.types import Array
+from onnxslim_ptq.graph.edit import following_bias
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.smooth_groups import GroupKind, SmoothGroup, find_groups, smooth
 from tests.graph.models import parse, same_outputs
@@ -191,3 +192,15 @@ def test_a_wrong_head_order_would_be_seen() -> None:
     graph.set_value(weight, wrong.astype(np.float32))
     with pytest.raises(AssertionError):
         same_outputs(proto, graph.to_model(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_bias_of_the_values_is_still_known_for_one() -> None:
+    graph = Graph(open_model(parse(attention(V, PV, MERGE), constants())))
+    group = ov(find_groups(graph, {GroupKind.OV}))
+    scale = np.linspace(0.5, 2, group.scales)
+    smooth(graph, group, scale)
+    value = graph.producer(next(node for node in graph.nodes if node.op == "Add").inputs[0])
+    assert value is not None
+    found = following_bias(graph, value, 24)
+    assert found is not None
+    np.testing.assert_allclose(found[2], constants()["bv"] / scale, rtol=1e-6)
