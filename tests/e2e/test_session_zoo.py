@@ -15,6 +15,7 @@ from onnxslim_ptq import Result, quantize
 from onnxslim_ptq.core.deq_scale import unpack
 from onnxslim_ptq.frontends.session import (
     FA3ProcessorConfig,
+    M4ProcessorConfig,
     SaveProcessorConfig,
     SessionConfig,
     W8A8DynamicProcessorConfig,
@@ -41,11 +42,14 @@ def run_session(case: Any, **processors: Any) -> Result:
     return quant_model(case.model, config, eval_data=[case.evaluation[i] for i in range(0, 50, 6)])
 
 
-def test_every_layer_of_the_files_computes_what_the_graph_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("smoothing", [{}, {"m4": M4ProcessorConfig()}], ids=["plain", "m4"])
+def test_every_layer_of_the_files_computes_what_the_graph_does(
+    smoothing: dict[str, Any], tmp_path: Path
+) -> None:
     """Integers: sum q_x q_w + quant_bias = sum (q_x - z) q_w + round(b / deq), exactly. Real: within 1e-5 max|y|."""
     case = minilm()
     static = W8A8ProcessorConfig(cfg=W8A8QuantConfig(), disable_names=[])
-    run_session(case, w8a8=static, save=SaveProcessorConfig(output_path=str(tmp_path)))
+    run_session(case, w8a8=static, **smoothing, save=SaveProcessorConfig(output_path=str(tmp_path)))
     tensors = load_file(tmp_path / "quant_model_weight_w8a8.safetensors")
     proto = onnx.load(tmp_path / "model_w8a8.onnx")
     made = {o: n for n in proto.graph.node for o in n.output}
