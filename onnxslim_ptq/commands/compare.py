@@ -89,10 +89,10 @@ def compare(
 
 def _rescaled(source: Model, quantized: Model) -> tuple[Model | None, list[str]]:
     """The float model smoothed as the weights JSON beside the quantized one says; a note where that cannot be."""
-    from onnxslim_ptq.analysis.beside import document_beside, smoothed_as
+    from onnxslim_ptq.analysis.beside import smoothed_as
 
     try:
-        return smoothed_as(source, document_beside(quantized.path) or {}), []
+        return smoothed_as(source, quantized.path), []
     except QuantizationError as error:
         return None, [
             f"errors of smoothed layers mislead: the scales in the weights JSON are not used, {error}"

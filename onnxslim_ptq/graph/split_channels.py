@@ -22,13 +22,19 @@ def divides(graph: Graph, layer: Linear) -> bool:
     return plain and layer.activation == 0 and weight is not None and weight.ndim == 2
 
 
-def split_channels(graph: Graph, name: str, layers: Sequence[Linear], chosen: Sequence[int]) -> None:
-    """Let ``layers``, all that `divides` and read value ``name``, do without its channels ``chosen``.
+def split_channels(graph: Graph, layers: Sequence[Linear], chosen: Sequence[int]) -> None:
+    """Let ``layers``, all that `divides` and read a value with the same channels, do without its channels ``chosen``.
 
         y = x W   becomes   y = (x · m) W₀ + Gather(x, chosen) W[chosen]
 
     m is 0 for a chosen channel, else 1; W₀ is W with those rows 0. The float function stays the same.
     """
+    # A smoothing group also has layers that read the value transposed or reshaped.
+    for name in dict.fromkeys(layer.activation_name for layer in layers):
+        _split(graph, name, [layer for layer in layers if layer.activation_name == name], chosen)
+
+
+def _split(graph: Graph, name: str, layers: Sequence[Linear], chosen: Sequence[int]) -> None:
     value, index = graph.tensor(name), list(chosen)
     first = graph.node(layers[0].node)
     whole = graph.value(first.inputs[layers[0].weight])

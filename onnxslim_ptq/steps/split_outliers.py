@@ -45,7 +45,7 @@ def run(workspace: Workspace, groups: Sequence[SmoothGroup], config: SplitOutlie
         seen = smoothing.channels(group, stats)
         chosen = () if seen is None else outliers(seen.absmax, config.share, config.ratio)
         if chosen:
-            split_channels(workspace.graph, group.tensor, group.consumers, chosen)
+            split_channels(workspace.graph, group.consumers, chosen)
             nodes = tuple(c.node for c in group.consumers)
             record = Smoothed(config.type, group.kind.value, nodes, np.ones(group.channels))
             done.append(replace(record, channels=chosen))

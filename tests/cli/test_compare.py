@@ -16,6 +16,7 @@ from calib.model import open_model
 from calib.readers import from_iterable
 from onnxslim_ptq.analysis.compare import Comparison, compare_models
 from onnxslim_ptq.cli import main
+from onnxslim_ptq.export import description
 from tools import nets
 
 DIGITS = Path(__file__).resolve().parents[2] / "tools" / "digits"
@@ -213,6 +214,22 @@ class TestSmoothed:
         feeds = [dict(np.load(path)) for path in sorted((smoothed / "samples").iterdir())[:2]]
         plain = compare_models(exact, seen, from_iterable(feeds, exact.inputs()), latency=False)
         assert min(la.local.sqnr for la in plain.layers if la.local and la.local.sqnr is not None) < 5
+
+    def test_scales_of_many_channels_lie_in_their_own_file(
+        self, smoothed: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(description, "INLINE", 8)
+        assert main([*self.arguments("quantize", smoothed), "-q"]) == 0
+        scale = json.loads((smoothed / "int8.json").read_text())["smoothing"][0]["scale"]
+        assert scale == {"ref": "smoothing/0/scale"}
+        assert main([*self.arguments("compare", smoothed), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert min(layer["local"]["sqnr_db"] for layer in found["per_layer"] if layer["local"]) > 15
+        assert found["notes"] == []
+
+        (smoothed / "int8.params.safetensors").unlink()
+        assert main(self.arguments("compare", smoothed)) == 0
+        assert "int8.params.safetensors' cannot be read" in capsys.readouterr().err
 
     def test_scales_of_another_model_are_not_used(self, smoothed: Path, capsys: Captured) -> None:
         assert main([*self.arguments("quantize", smoothed), "-q"]) == 0

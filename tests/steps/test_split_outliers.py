@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from calib.model import open_model
 from onnxslim_ptq import quantize
+from onnxslim_ptq.analysis.beside import smoothed_as
 from onnxslim_ptq.errors import RecipeError
 from onnxslim_ptq.steps.split_outliers import outliers
-from tests.models import outputs_of, sqnr_of
+from tests.models import outputs_of, parse, sqnr_of
 from tests.steps.layers import workspace_of
 from tests.steps.smoothing_models import config, smoothed, tensors, unchanged
 
@@ -90,6 +92,44 @@ def test_nothing_stands_out() -> None:
     quiet = model()
     quiet.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.ones(CHANNELS, np.float32), "gain"))
     assert smoothed(workspace_of(quiet, data()), "split_outliers", share=0.05) == []
+
+
+def test_a_layer_of_the_group_reads_the_value_transposed() -> None:
+    draw = np.random.default_rng(0)
+    gain = np.ones(16, np.float32)
+    gain[3] = 300
+    weights = {name: draw.normal(0, 0.1, (16, 8)).astype(np.float32) for name in ("wa", "wb")}
+    proto = parse(
+        """g (float[N,4,16] x) => (float[N,4,8] ya, float[4,N,8] yb) {
+            [source] h = Mul (x, gain)
+            [a] ya = MatMul (h, wa)
+            [turn] t = Transpose <perm = [1, 0, 2]> (h)
+            [b] yb = MatMul (t, wb)
+        }""",
+        {"gain": gain, **weights},
+        17,
+    )
+    feeds = [{"x": draw.normal(size=(2, 4, 16)).astype(np.float32)} for _ in range(4)]
+    workspace = workspace_of(proto, feeds)
+    (found,) = smoothed(workspace, "split_outliers", share=0.1)
+    assert found.nodes == ("a", "b")
+    unchanged(proto, workspace, feeds)
+
+
+def test_the_weights_json_tells_how_to_split_again(tmp_path: Path) -> None:
+    """The second time takes what stands out of the rest; its groups are those of the first."""
+    proto = model()
+    gain = np.ones(CHANNELS, np.float32)
+    gain[list(LOUD)] = 30_000, 100
+    proto.graph.initializer[0].CopyFrom(numpy_helper.from_array(gain, "gain"))
+    onnx.save(proto, tmp_path / "float.onnx")
+    split = {"type": "split_outliers", "share": 0.02}
+    steps = [split, split, {"type": "smoothquant"}, {"type": "quantize"}]
+    result = quantize(tmp_path / "float.onnx", {"steps": steps}, data(), min_sqnr=0)
+    assert [entry.get("channels") for entry in result.context.smoothing] == [[7], [40], None]
+    again = smoothed_as(result.source, result.save(tmp_path / "int8.onnx").model)
+    assert again is not None
+    assert again.proto.SerializeToString() == result.exact.proto.SerializeToString()
 
 
 @pytest.mark.parametrize(
