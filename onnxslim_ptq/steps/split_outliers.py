@@ -8,12 +8,13 @@ from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from onnxslim_ptq.core.config import number
-from onnxslim_ptq.graph.smooth_groups import SmoothGroup
+from onnxslim_ptq.graph.smooth_groups import GroupKind, SmoothGroup
 from onnxslim_ptq.graph.split_channels import divides, split_channels
 from onnxslim_ptq.steps import smoothing
-from onnxslim_ptq.steps.smoothing import GroupsConfig, Smoothed
+from onnxslim_ptq.steps.smoothing import FOLDED, GroupsConfig, Smoothed
 from onnxslim_ptq.workspace import Workspace
 
 __all__ = ["SplitOutliers", "outliers", "run"]
@@ -25,6 +26,9 @@ class SplitOutliers(GroupsConfig):
     """``share``: of a value's channels that may leave; ``ratio``: how far the largest has to stand out."""
 
     type: Literal["split_outliers"]
+    groups: tuple[GroupKind, ...] = Field(
+        (*FOLDED, GroupKind.UNFUSED), min_length=1, examples=[kind.value for kind in GroupKind]
+    )
     share: Annotated[float, number(0, 0.5, open_lo=True)] = 0.01
     ratio: Annotated[float, number(2)] = 8.0
 

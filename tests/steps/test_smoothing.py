@@ -33,7 +33,7 @@ def test_the_float_function_stays(kind: str, source: str) -> None:
     model, data = (norm_model(), feeds()) if source == "norm" else (llama_block(), llama_feeds(4))
     workspace = workspace_of(model, data)
     found = smoothed(workspace, kind)
-    if kind != "auto_smooth":
+    if kind not in ("auto_smooth", "split_outliers"):  # these may find nothing worth doing
         assert found
     for group in found:
         assert np.isfinite(group.scale).all()

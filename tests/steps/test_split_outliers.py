@@ -18,6 +18,7 @@ from onnxslim_ptq.steps.split_outliers import outliers
 from tests.models import outputs_of, parse, sqnr_of
 from tests.steps.layers import workspace_of
 from tests.steps.smoothing_models import config, smoothed, tensors, unchanged
+from tools.bench.outliers import llama_block, llama_feeds, with_outliers
 
 CHANNELS = 64
 LOUD = (7, 40)
@@ -86,6 +87,16 @@ def test_the_function_stays_and_the_layers_see_no_outlier(op: str, trans: int, b
     assert weight is not None
     assert not (weight.T if trans else weight)[list(LOUD)].any()
     unchanged(proto, workspace, data())
+
+
+def test_a_decoder_block_keeps_its_function() -> None:
+    """Norms feed three and two layers; each value is split once, for all that read it."""
+    proto = with_outliers(llama_block())
+    workspace = workspace_of(proto, llama_feeds(4))
+    found = smoothed(workspace, "split_outliers", share=0.02, ratio=4)
+    assert [one.nodes for one in found] == [("q_proj", "k_proj", "v_proj"), ("gate", "up")]
+    unchanged(proto, workspace, llama_feeds(4))
+    assert smoothed(workspace, "split_outliers", share=0.02, ratio=4) == []  # what is gone is not taken again
 
 
 def test_nothing_stands_out() -> None:
