@@ -1,4 +1,4 @@
-"""Entries of a sample that are no input of the model but say what the sample is."""
+"""Entries of a sample that say what the sample is."""
 
 from __future__ import annotations
 
@@ -10,23 +10,25 @@ from calib.types import Array, Feed, InputInfo
 __all__ = ["TAGS", "split_tags"]
 
 TAGS = ("timestep_idx",)
-"""The names that become `SampleId.tags` when the model has no input of that name."""
+"""The names that become `SampleId.tags`."""
 
 
 def split_tags(
     arrays: Feed, inputs: Sequence[InputInfo], where: str
 ) -> tuple[dict[str, Array], Mapping[str, int]]:
-    """The arrays that are fed, and the tags among the others.
+    """The arrays that are fed, and the tags: one that is an input of the model is fed as well.
 
     Raises:
-        CalibrationError: a tag is not one integer.
+        CalibrationError: a tag that is no input is not one integer.
     """
     fed, tags = dict(arrays), {}
     names = {info.name for info in inputs}
     for name in TAGS:
-        if name in fed and name not in names:
-            value = fed.pop(name)
+        if name in fed:
+            value = fed[name] if name in names else fed.pop(name)
             if value.size != 1 or value.dtype.kind not in "iu":
+                if name in names:
+                    continue
                 raise CalibrationError(
                     f"{where}: '{name}' is {value.dtype} {list(value.shape)}, a tag is one integer; "
                     f"save numpy.array(3) under that name"

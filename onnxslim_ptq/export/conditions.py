@@ -53,8 +53,11 @@ class Conditions:
 
     def _step(self) -> gs.Tensor:
         if TIMESTEP not in self._made:
-            given = any(value.name == TIMESTEP for value in self.graph.inputs)
-            self._made[TIMESTEP] = self.graph.tensor(TIMESTEP) if given else gs.Variable(TIMESTEP)
+            own = next((value for value in self.graph.inputs if value.name == TIMESTEP), None)
+            step = gs.Variable(TIMESTEP) if own is None else self.graph.tensor(TIMESTEP)
+            if own is not None and own.type.tensor_type.elem_type != TensorProto.INT64:
+                step = self._add("Cast", "whole", [step], to=int(TensorProto.INT64))
+            self._made[TIMESTEP] = step
         return self._made[TIMESTEP]
 
     def _from_step(self, threshold: int) -> gs.Tensor:

@@ -225,11 +225,11 @@ class TestTags:
         ((ident, _),) = from_iterable([(SampleId(0, "s", {"other": 1}), feed)], [X])
         assert ident.tags == {"other": 1, "timestep_idx": 9}
 
-    def test_an_input_of_that_name_is_an_input(self, tmp_path: Path) -> None:
+    def test_an_input_of_that_name_is_fed_as_well(self, tmp_path: Path) -> None:
         info = InputInfo("timestep_idx", np.dtype(np.int64), ())
         np.savez(tmp_path / "a.npz", timestep_idx=np.array(3))
         ((ident, feed),) = open_data([tmp_path], [info])
-        assert not ident.tags
+        assert ident.tags == {"timestep_idx": 3}
         assert feed["timestep_idx"] == 3
 
     def test_no_integer(self, tmp_path: Path) -> None:

@@ -199,6 +199,25 @@ class TestTimestep:
         with pytest.raises(GraphError, match=says):
             rebuild(open_model(model()), description, TARGETS["cpu"])
 
+    @pytest.mark.parametrize(
+        ("form", "dtype", "shape"), [("int64", np.int64, ()), ("int32[1]", np.int32, (1,))]
+    )
+    def test_a_model_that_has_the_input_itself(self, form: str, dtype: type, shape: tuple[int, ...]) -> None:
+        """The same codes as of the model that gets the input, whatever its type."""
+        own = BODY.replace("x) =>", f"x, {form} timestep_idx) =>").replace(
+            "[up] h = MatMul (x, w1)",
+            "[as] t = Cast <to = 1> (timestep_idx) [no] z = Sub (t, t) [and] s = Add (x, z) [up] h = MatMul (s, w1)",
+        )
+        data = [{**f, "timestep_idx": f["timestep_idx"].astype(dtype).reshape(shape)} for f in feeds()]
+        result = quantize(
+            parse(own, WEIGHTS, 17, 8), recipe("timestep", timestep_sep=10), data, eval_data=data
+        )
+        plain = timestep().model
+        for step in (5, 10, 14, 15):
+            fed = at(step, feeds())
+            given = [{**f, "timestep_idx": np.full(shape, step, dtype)} for f in fed]
+            np.testing.assert_array_equal(outputs_of(result.model, given), outputs_of(plain, fed))
+
     def test_a_sample_without_its_step(self) -> None:
         data = [*feeds(1)[:3], *plain(feeds(1))]
         with pytest.raises(CalibrationError, match="sample 3: has no timestep_idx; add it to every sample"):
