@@ -38,7 +38,9 @@ def _explicit(recipe: Mapping[str, Any]) -> dict[str, Any] | None:
         step["type"] not in ("auto_smooth", "quantize") for step in changed["steps"]
     ):
         return None
-    more = Recipe.load("w8a8-transformer").dump()["steps"][0]
+    more = next(
+        step for step in Recipe.load("w8a8-transformer").dump()["steps"] if step["type"] == "auto_smooth"
+    )
     changed["steps"] = [more, *(step for step in changed["steps"] if step["type"] != "auto_smooth")]
     return changed
 

@@ -13,6 +13,7 @@ from onnxslim_ptq import Recipe, quantize
 from onnxslim_ptq.cli import main
 from onnxslim_ptq.errors import RecipeError
 from onnxslim_ptq.tuning import tune
+from onnxslim_ptq.tuning.changes import CHANGES
 from tests.graph.models import embedded, model_of
 from tests.models import feeds_for, weights_of
 
@@ -147,3 +148,14 @@ def test_a_target_that_does_not_run_here(tmp_path: Path, capsys: Captured) -> No
 def test_stacked_without_files(command: list[str], capsys: Captured) -> None:
     assert main([*command, "--stacked"]) == 2
     assert "--stacked describes the files of --calib or --eval" in capsys.readouterr().err
+
+
+def test_explicit_smoothing_replaces_the_recipes_own() -> None:
+    """By the `auto_smooth` of `w8a8-transformer` alone, wherever that stands there."""
+    own = Recipe.load("w8a8").dump()
+    changed = CHANGES["explicit smoothing"](own)
+    assert changed is not None
+    (smoothing, *rest) = changed["steps"]
+    assert smoothing["type"] == "auto_smooth"
+    assert "unfused" in smoothing["groups"]
+    assert rest == own["steps"][1:]
