@@ -1,4 +1,7 @@
-"""`python -m tools.bench [main | ranges | quality | outliers | blockwise | calib | sensitivity | session | render]`."""
+"""`python -m tools.bench WHAT`.
+
+WHAT: main, ranges, quality, outliers, blockwise, calib, sensitivity, layers, session, render.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from pathlib import Path
 
 from tools.zoo import names
 
-from . import blockwise, calib, sensitivity, session
+from . import blockwise, calib, layers, sensitivity, session
 from .compare import Bench, compare, outliers, quality, recipes
 from .machine import ROOT, stamp
 from .records import Results, Table, read_results, write_results
@@ -28,6 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
         return calib.main(given[1:])
     if given[:1] == ["sensitivity"]:
         return sensitivity.main(given[1:])
+    if given[:1] == ["layers"]:
+        return layers.main(given[1:])
     if given[:1] == ["session"]:
         return session.main(given[1:])
     options = _options(arguments)
