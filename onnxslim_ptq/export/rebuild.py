@@ -261,6 +261,6 @@ def _set_constants(graph: Graph, tensors: Tensors) -> None:
                 _set(graph, node.name, port, tensors[tensor.name])
     if left:
         raise GraphError(
-            f"tensor '{min(left)}' of the files has no place in the model; "
-            "give the float model that the files were made from"
+            f"tensor '{min(left)}' of the files has no place in the model; give the float model that the files were "
+            "made from; operators that a recipe adds (split_outliers, a Mul that smooths) cannot be rebuilt"
         )

@@ -62,5 +62,6 @@ def smoothing_notes(done: Sequence[Smoothed]) -> list[str]:
         kinds = Counter(found.kind for found in done if found.step == step)
         groups = ", ".join(f"{n} {kind}" for kind, n in kinds.items()) + " groups"
         split = sum(len(found.channels) for found in done if found.step == step)
-        lines.append(f"{step} took {split} channels out of {groups}" if split else f"{step} scaled {groups}")
+        took = f"took {split} channel{'s' if split > 1 else ''} out of"
+        lines.append(f"{step} {took if split else 'scaled'} {groups}")
     return lines
