@@ -23,6 +23,7 @@ from onnxslim_ptq.errors import RecipeError
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.linears import find_linears
 from onnxslim_ptq.graph.names import module_names
+from onnxslim_ptq.graph.smooth_groups import find_groups
 from onnxslim_ptq.recipe import NO_KERNEL, ActConfig, QuantizeStep, Recipe, RounderConfig, WeightConfig
 from onnxslim_ptq.recipes.forms import has_kernel
 from onnxslim_ptq.steps.attention import AttentionStep
@@ -52,7 +53,7 @@ class Resolution:
 
 
 def resolve(recipe: Recipe, layers: Sequence[Layer], others: Sequence[Layer] = ()) -> Resolution:
-    """The configuration of every layer; RecipeError when a pattern (other than ``*``) matches no layer.
+    """The configuration of every layer; RecipeError when a pattern (other than ``*`` and ``group:``) matches no layer.
 
     ``others`` are nodes that cannot be quantized anyway: a pattern may match only them.
     """
@@ -65,7 +66,7 @@ def resolve(recipe: Recipe, layers: Sequence[Layer], others: Sequence[Layer] = (
         for key, texts in (("include", step.include), ("exclude", step.exclude)):
             parsed.append([Pattern.parse(text) for text in texts])
             for pattern in parsed[-1]:
-                if pattern.text != "*" and not any(map(pattern.matches, (*layers, *others))):
+                if not pattern.may_miss and not any(map(pattern.matches, (*layers, *others))):
                     raise RecipeError(
                         f"steps[{index}].{key}: pattern '{pattern.text}' matches no layer; "
                         + nearest(pattern, layers)
@@ -95,12 +96,22 @@ def resolve(recipe: Recipe, layers: Sequence[Layer], others: Sequence[Layer] = (
 
 
 def named_layers(source: Model, recipe: Recipe, graph: Graph) -> dict[str, Layer]:
-    """What patterns see of each layer, by node name."""
+    """What patterns see of each layer, by node name; their groups only where the recipe has a pattern of that kind."""
     given = {n.name for n in source.proto.graph.node}
     linears = find_linears(graph)[0]
     modules = module_names(graph, linears, recipe.names)
+    patterns = [Pattern.parse(text) for step in recipe.steps for text in (*step.include, *step.exclude)]
+    wanted = any(pattern.group is not None for pattern in patterns)
+    groups = {c.node: g.kind for g in find_groups(graph) for c in g.consumers} if wanted else {}
     return {
-        lin.node: Layer(lin.node, lin.op, lin.weight_name, original_name(lin.node, given), modules[lin.node])
+        lin.node: Layer(
+            lin.node,
+            lin.op,
+            lin.weight_name,
+            original_name(lin.node, given),
+            modules[lin.node],
+            groups.get(lin.node),
+        )
         for lin in linears
     }
 

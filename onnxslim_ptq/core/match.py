@@ -1,4 +1,4 @@
-"""Patterns that choose layers: a glob, ``re:`` a regular expression, ``op:`` an operator type."""
+"""Patterns that choose layers: a glob, or ``re:`` an expression, ``op:`` an operator, ``group:`` a kind of group."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from onnxslim_ptq.core.groups import GroupKind
+
 __all__ = ["Layer", "Pattern", "nearest"]
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What a pattern sees of a layer: node name, operator, weight initializer, the node's name in the file, and the
-    module it was in the training framework."""
+    """What a pattern sees of a layer: node name, operator, weight initializer, the node's name in the file, the
+    module it was in the training framework, and the kind of its smoothing group where that was asked for."""
 
     node: str
     op: str
     weight: str = ""
     original: str = ""
     module: str = ""
+    group: GroupKind | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -34,12 +37,14 @@ class Pattern:
     text: str
     op: str | None
     names: re.Pattern[str] | None
+    group: GroupKind | None = None
 
     @classmethod
     def parse(cls, text: str) -> Pattern:
-        """Parse a glob, ``re:…`` or ``op:…``; ValueError when it is empty or no regular expression."""
+        """Parse a glob, ``re:…``, ``op:…`` or ``group:…``; ValueError when it is empty, no regular expression, or no
+        kind of group."""
         kind, colon, rest = text.partition(":")
-        if not colon or kind not in ("re", "op"):
+        if not colon or kind not in ("re", "op", "group"):
             kind, rest = "glob", text
         if not rest.strip():
             raise ValueError(
@@ -47,6 +52,11 @@ class Pattern:
             )
         if kind == "op":
             return cls(text, rest, None)
+        if kind == "group":
+            kinds = [known.value for known in GroupKind]
+            if rest not in kinds:
+                raise ValueError(f"pattern {text!r} names no kind of group; use one of {', '.join(kinds)}")
+            return cls(text, None, None, GroupKind(rest))
         try:
             return cls(text, None, re.compile(rest if kind == "re" else fnmatch.translate(rest)))
         except (re.error, RecursionError, OverflowError) as error:
@@ -57,9 +67,16 @@ class Pattern:
 
         A glob also matches the name it equals literally, so that a name with brackets can be pasted as it is.
         """
+        if self.group is not None:
+            return layer.group is self.group
         if self.names is None:
             return layer.op == self.op
         return any(self.names.fullmatch(name) or name == self.text for name in layer.names)
+
+    @property
+    def may_miss(self) -> bool:
+        """Whether matching no layer of a model is no mistake: it names no layer, so it has no name to mistype."""
+        return self.text == "*" or self.group is not None
 
 
 def nearest(pattern: Pattern, layers: Sequence[Layer]) -> str:

@@ -17,11 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from enum import Enum
 
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxslim_ptq.core.groups import GroupKind
 from onnxslim_ptq.graph.absorb import find_absorption
 from onnxslim_ptq.graph.absorb.constants import ConstantScale, LayerOutput, Source, apply_changes, changes_of
 from onnxslim_ptq.graph.absorb.layout import NONE, Refusal
@@ -35,17 +35,6 @@ from onnxslim_ptq.graph.shapes import infer_shapes
 __all__ = ["GroupKind", "SmoothGroup", "find_groups", "smooth"]
 
 Floats = NDArray[np.float64]
-
-
-class GroupKind(str, Enum):
-    """What absorbs the scale of a group."""
-
-    NORM_LINEAR = "norm-linear"
-    LINEAR_LINEAR = "linear-linear"
-    OV = "ov"
-    UP_DOWN = "up-down"
-    CONV_CONV = "conv-conv"
-    UNFUSED = "unfused"
 
 
 @dataclass(frozen=True)

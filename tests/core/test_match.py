@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from onnxslim_ptq.core.groups import GroupKind
 from onnxslim_ptq.core.match import Layer, Pattern, nearest
 
 HEAD = Layer("/lm_head/MatMul", "MatMul", "model.lm_head.weight", "MatMul_17")
@@ -66,7 +67,9 @@ def test_globs_are_fnmatch(name: str, text: str) -> None:
     assert Pattern.parse(text).matches(Layer(name, "Conv")) is expected
 
 
-@given(st.text(min_size=1).filter(str.strip).filter(lambda name: not name.startswith(("re:", "op:"))))
+@given(
+    st.text(min_size=1).filter(str.strip).filter(lambda name: not name.startswith(("re:", "op:", "group:")))
+)
 def test_every_name_matches_itself(name: str) -> None:
     assert Pattern.parse(name).matches(Layer(name, "Conv"))
 
@@ -98,3 +101,18 @@ def test_nearest(text: str, hint: str) -> None:
 
 def test_nearest_of_nothing() -> None:
     assert nearest(Pattern.parse("a"), []) == "the model has no layer that can be quantized"
+
+
+def test_groups() -> None:
+    layer = Layer("fc", "MatMul", group=GroupKind.UP_DOWN)
+    assert Pattern.parse("group:up-down").matches(layer)
+    assert not Pattern.parse("group:ov").matches(layer)
+    assert not Pattern.parse("group:up-down").matches(Layer("fc", "MatMul"))
+    assert [Pattern.parse(text).may_miss for text in ("*", "group:ov", "*fc*", "op:Gemm")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    with pytest.raises(ValueError, match="'group:updown' names no kind of group; use one of norm-linear, "):
+        Pattern.parse("group:updown")

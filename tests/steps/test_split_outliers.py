@@ -13,9 +13,10 @@ from onnx import TensorProto, helper, numpy_helper
 from calib.model import open_model
 from onnxslim_ptq import quantize
 from onnxslim_ptq.analysis.beside import smoothed_as
+from onnxslim_ptq.core.spec import PerToken
 from onnxslim_ptq.errors import RecipeError
 from onnxslim_ptq.steps.split_outliers import outliers
-from tests.models import outputs_of, parse, sqnr_of
+from tests.models import feeds_for, mlp, outputs_of, parse, sqnr_of
 from tests.steps.layers import workspace_of
 from tests.steps.smoothing_models import config, smoothed, tensors, unchanged
 from tools.bench.outliers import llama_block, llama_feeds, with_outliers
@@ -164,3 +165,13 @@ def test_quantized_with_outliers_aside() -> None:
         taken = [note for note in result.notes if "split_outliers took 2 channels" in note]
         assert bool(taken) == (name == "split")
     assert found["split"] > found["plain"] + 20
+
+
+def test_the_recipe_for_decoders_takes_gated_projections_per_token() -> None:
+    result = quantize(llama_block(), "w8a8-decoder", llama_feeds(8))
+    rows = {
+        use.node for use, slot in result.plan.activations.items() if isinstance(slot.spec.grain, PerToken)
+    }
+    assert rows == {"down"}
+    plain = quantize(mlp(), "w8a8-decoder", feeds_for(mlp()))  # a model without such a group
+    assert not any(isinstance(slot.spec.grain, PerToken) for slot in plain.plan.activations.values())
