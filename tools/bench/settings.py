@@ -20,7 +20,7 @@ RECIPES = (
 QUALITY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("rec", "cls", "det", "effnet"), ("w8a8", "w8a8-best")),
     "minilm": ("w8a8", "w8a8-transformer", "w8a8-best", "w8a8-dynamic", "w8a16", "w4a16-g64"),
-    "smollm2": ("w8a8", "w8a8-transformer", "w8a16", "w4a16-g64", "w4a16-g64-symmetric"),
+    "smollm2": ("w8a8", "w8a8-transformer", "w8a8-decoder", "w8a16", "w4a16-g64", "w4a16-g64-symmetric"),
 }
 OUTLIER_MODELS = ("llama-block", "minilm")
 LINEAR_OPS = ("Conv", "MatMul", "Gemm")
