@@ -31,6 +31,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "outlier_suppression_lite": [ONE, {**ONE, "loss": "block"}],
     "equalize": [{}],
     "kv_smooth": [{}],
+    "split_outliers": [{**EVERYWHERE, "ratio": 2}],
 }
 RUNS = [(kind, options) for kind in STEPS for options in OPTIONS.get(kind, [EVERYWHERE])]
 
