@@ -66,6 +66,7 @@ class Planned:
     needs_layers: bool
     smoothed: list[Smoothed]
     rescaled: Model | None
+    names: Mapping[str, Layer]
 
 
 @contextmanager
@@ -87,7 +88,8 @@ def make_plan(job: Job) -> Planned:
 def _make_plan(job: Job) -> Planned:
     notes: list[str] = []
     graph = float_graph(job, notes)
-    layers, skipped = choices(job, graph)
+    named = named_layers(job.source, job.recipe, graph)
+    layers, skipped = choices(job, graph, named)
     workspace = job.workspace(graph)
     placement = dry_placement(workspace, layers)
     # A model that keeps everything in subgraphs is passed on in float, and says so: pipelines of many models go on.
@@ -102,9 +104,7 @@ def _make_plan(job: Job) -> Planned:
     elif needs_layers:
         _require_layers(job, placement.layers, {**skipped, **placement.skipped})
     smoothing = _smoothing(job, notes)
-    layers, placement, smoothed = run_smoothing(
-        workspace, smoothing, named_layers(job.source, job.recipe, graph), layers, placement
-    )
+    layers, placement, smoothed = run_smoothing(workspace, smoothing, named, layers, placement)
     notes += smoothing_notes(smoothed)
     entering = attention.chosen(graph, job.recipe.attentions, job.target)
     others = [*kv_cache.probes(caches), *attention.probes(entering)]
@@ -119,7 +119,7 @@ def _make_plan(job: Job) -> Planned:
     plan.io = kv_cache.apply(caches, beside)
     attention.apply(entering, beside, plan)
     workspace.memo.clear()  # histograms are no longer needed
-    return Planned(workspace, placement, plan, skipped, notes, needs_layers, smoothed, rescaled)
+    return Planned(workspace, placement, plan, skipped, notes, needs_layers, smoothed, rescaled, named)
 
 
 def _smoothing(job: Job, notes: list[str]) -> list[SmoothingConfig]:
@@ -191,13 +191,14 @@ def float_graph(job: Job, notes: list[str]) -> Graph:
     return graph
 
 
-def choices(job: Job, graph: Graph) -> tuple[dict[str, tuple[Linear, LayerChoice]], dict[str, str]]:
-    """What the recipe says of each layer it quantizes, and why the others stay float."""
+def choices(
+    job: Job, graph: Graph, named: Mapping[str, Layer]
+) -> tuple[dict[str, tuple[Linear, LayerChoice]], dict[str, str]]:
+    """What the recipe says of each layer it quantizes, and why the others stay float; ``named``: `named_layers`."""
     linears, reasons = find_linears(graph)
     given = {n.name for n in job.source.proto.graph.node}
-    named = list(named_layers(job.source, job.recipe, graph).values())
     others = [Layer(name, graph.node(name).op, original=original_name(name, given)) for name in reasons]
-    resolution = resolve(job.recipe, named, others)
+    resolution = resolve(job.recipe, list(named.values()), others)
     chosen = {
         lin.node: (lin, choice_of(resolution.configs[lin.node], job.target))
         for lin in linears

@@ -87,6 +87,8 @@ def analyze_as(
         raise RecipeError(f"metric '{metric}' is unknown for scope '{scope}'; use one of {', '.join(known)}")
     job, data = open_job(model, replace(asked, hold_out=False))
     wanted = [Pattern.parse(text) for text in patterns]
+    if odd := next((pattern.text for pattern in wanted if pattern.group is not None), None):
+        raise RecipeError(f"--pattern '{odd}': groups choose in recipes; name the layers here")
     found = _by_spread(job, metric, wanted) if metric in SPREADS else _by_error(job, scope, metric, wanted)
     found.notes[:0] = data.notes
     if data.synthetic:
@@ -136,7 +138,7 @@ def _chosen(
 def _by_error(job: Job, scope: str, metric: str, patterns: Sequence[Pattern]) -> Analysis:
     planned = make_plan(job)
     every = [layer for layer, _ in planned.placement.layers.values()]
-    layers = _chosen(every, named_layers(job.source, job.recipe, planned.workspace.graph), patterns)
+    layers = _chosen(every, planned.names, patterns)
     if scope == "linear":
         entries = entries_of(layers)
         samples = judging_samples(planned.workspace, len(entries))

@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -21,10 +21,11 @@ from tools import nets
 from tools.bench.error import Noise
 from tools.bench.tables import markdown
 from tools.zoo import load
+from tools.zoo.session import open_session
 
 Feeds = Sequence[dict[str, np.ndarray]]
 Run = Callable[[dict[str, np.ndarray]], Sequence[np.ndarray]]
-_NETS = ("resnet18", "mobilenet", "bert")
+_NETS = {"resnet18": nets.resnet18, "mobilenet": nets.mobilenet, "bert": nets.bert}
 
 
 def main() -> None:
@@ -54,7 +55,7 @@ def _case(name: str, most: int, folder: Path) -> tuple[Path, Feeds, Feeds]:
         case = load(name)
         count = min(most, len(case.evaluation))
         return case.model, list(case.calibration), [dict(case.evaluation[i]) for i in range(count)]
-    proto = getattr(nets, name)()
+    proto = _NETS[name]()
     path = folder / f"{name}.onnx"
     onnx.save(proto, path)
     rng = np.random.default_rng(0)
@@ -76,18 +77,11 @@ def _runs(path: Path) -> Iterator[Run]:
     compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     yield lambda feed: [compiled(feed)[i] for i in range(len(compiled.outputs))]
     yield _onnxruntime(path)
-    yield _onnxruntime(path, optimized=False)
+    yield _onnxruntime(path, optimize=False)
 
 
-def _onnxruntime(path: Path, optimized: bool = True) -> Run:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    levels = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
-    session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return lambda feed: session.run(None, feed)  # type: ignore[no-any-return]
+def _onnxruntime(path: Path, optimize: bool = True) -> Run:
+    return partial(open_session(path, optimize=optimize).run, None)
 
 
 def _sqnr(exact: Sequence[Sequence[np.ndarray]], seen: Iterator[Sequence[np.ndarray]]) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -14,9 +14,10 @@ from calib.runner import Listener, Progress
 from calib.types import Sample
 from onnxslim_ptq.analysis.entries import Entry
 from onnxslim_ptq.analysis.switchboard import Switchboard
+from onnxslim_ptq.core.match import literal
 from onnxslim_ptq.workspace import Workspace
 
-__all__ = ["Analysis", "Ranked", "as_patterns", "judging_samples", "rank", "rank_by_sqnr"]
+__all__ = ["Analysis", "Ranked", "judging_samples", "rank", "rank_by_sqnr"]
 
 T = TypeVar("T")
 _PASSES = 8  # how often all candidates together may run the calibration samples
@@ -50,7 +51,7 @@ class Analysis:
 
     def exclude(self, top: int) -> list[str]:
         """Patterns for the layers of the first ``top`` entries."""
-        return as_patterns(node for ranked in self.ranking[:top] for node in ranked.nodes)
+        return [literal(node) for ranked in self.ranking[:top] for node in ranked.nodes]
 
     def snippet(self, top: int) -> str:
         """The YAML for a recipe's quantize step."""
@@ -67,18 +68,6 @@ class Analysis:
             "exclude": self.exclude(top),
             "notes": self.notes,
         }
-
-
-def as_patterns(nodes: Iterable[str]) -> list[str]:
-    """Patterns that match these names and, of a name with wildcards in it, nothing else."""
-    return [
-        f"re:{_escaped(node)}" if set(node) & set("*?[") or node.startswith(("re:", "op:")) else node
-        for node in nodes
-    ]
-
-
-def _escaped(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "_/-: " else f"\\{c}" for c in name)
 
 
 def judging_samples(workspace: Workspace, candidates: int) -> list[Sample]:

@@ -14,6 +14,7 @@ from onnxslim_ptq.export.check import source_files
 from onnxslim_ptq.export.files import AtomicFiles, output_paths
 from onnxslim_ptq.job import Job, open_job
 from onnxslim_ptq.pipeline import choices, float_graph
+from onnxslim_ptq.resolution import named_layers
 from onnxslim_ptq.steps import kv_cache
 from onnxslim_ptq.steps.fusing import dry_placement
 from onnxslim_ptq.steps.placement import Placement
@@ -65,7 +66,7 @@ def _plan(model: Path, asked: Asked) -> _Plan:
     job, data = open_job(model, asked)
     notes = data.notes
     graph = float_graph(job, notes)
-    layers, skipped = choices(job, graph)
+    layers, skipped = choices(job, graph, named_layers(job.source, job.recipe, graph))
     workspace = job.workspace(graph)
     placement = dry_placement(workspace, layers)
     pasts = [pair.past for pair, _ in kv_cache.chosen(graph, job.recipe.caches, job.target)]

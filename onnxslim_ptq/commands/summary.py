@@ -121,10 +121,12 @@ class Summary:
         """The layers with the largest error of their own, and what leaves them float."""
         if not self.worst:
             return []
-        from onnxslim_ptq.analysis.ranking import as_patterns
+        from onnxslim_ptq.core.match import literal
 
         named = ", ".join(f"{node} {db(sqnr)}" for node, sqnr in self.worst)
-        options = " ".join(f"--exclude {shlex.quote(text)}" for text in as_patterns(n for n, _ in self.worst))
+        options = " ".join(
+            f"--exclude {shlex.quote(text)}" for text in (literal(name) for name, _ in self.worst)
+        )
         return [f"worst layers alone: {named}", f"  to leave them float, add {options}"]
 
     def tune(self) -> str:

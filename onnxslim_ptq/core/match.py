@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 from onnxslim_ptq.core.groups import GroupKind
 
-__all__ = ["Layer", "Pattern", "nearest"]
+__all__ = ["Layer", "Pattern", "literal", "nearest"]
+
+_KINDS = ("re", "op", "group")
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Pattern:
         """Parse a glob, ``re:…``, ``op:…`` or ``group:…``; ValueError when it is empty, no regular expression, or no
         kind of group."""
         kind, colon, rest = text.partition(":")
-        if not colon or kind not in ("re", "op", "group"):
+        if not colon or kind not in _KINDS:
             kind, rest = "glob", text
         if not rest.strip():
             raise ValueError(
@@ -77,6 +79,13 @@ class Pattern:
     def may_miss(self) -> bool:
         """Whether matching no layer of a model is no mistake: it names no layer, so it has no name to mistype."""
         return self.text == "*" or self.group is not None
+
+
+def literal(name: str) -> str:
+    """A pattern that matches this name and, of one with wildcards or the prefix of a pattern in it, nothing else."""
+    if not set(name) & set("*?[") and not name.startswith(tuple(f"{kind}:" for kind in _KINDS)):
+        return name
+    return "re:" + "".join(c if c.isalnum() or c in "_/-: " else f"\\{c}" for c in name)
 
 
 def nearest(pattern: Pattern, layers: Sequence[Layer]) -> str:

@@ -29,7 +29,7 @@ def read_tensors(path: Path, wanted: Collection[str] | None = None) -> tuple[Ten
     """
     try:
         with safe_open(str(path), "np") as file:
-            names = [name for name in file.keys() if wanted is None or name in wanted]  # noqa: SIM118
+            names = [name for name in sorted(file.keys()) if wanted is None or name in wanted]
             return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except (OSError, SafetensorError, TypeError, ValueError, AttributeError) as error:
         why = " ".join(str(error).split())

@@ -8,6 +8,7 @@ left to the graph.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,7 @@ def rebuild(
         GraphError: the files do not fit the model.
     """
     tensors, kinds = read_weight_files(description)
-    steps = read_steps(description)
+    files = _Files(tensors, kinds, read_steps(description))
     graph = Graph(raise_opset(source, PER_CHANNEL_OPSET))
     optimize(graph)
     plan, used = QuantPlan(), set()
@@ -83,7 +84,7 @@ def rebuild(
         if given is not None and bias is not None:
             _set(graph, bias.node, bias.port, given)
         if kinds[f"{module}.weight"] != FLOAT:
-            _plan_layer(graph, plan, layer, module, tensors, kinds[f"{module}.weight"], target, steps)
+            _plan_layer(graph, plan, layer, module, files, target)
     _plan_attention(graph, plan, tensors)
     rest = {k: v for k, v in tensors.items() if k not in used and kinds[k] != ATTENTION}
     _set_constants(graph, rest)
@@ -104,19 +105,25 @@ _KINDS = ("W8A8", "W8A8_DYNAMIC", "W8A8_TIMESTEP", "W8A8_MIX", "W8A16")
 Rows = list[tuple[float, int]]
 
 
+@dataclass(frozen=True)
+class _Files:
+    """Tensors by name, their kinds, and the time steps their rows are of."""
+
+    tensors: Tensors
+    kinds: Mapping[str, str]
+    steps: CalibratedSteps | None
+
+    def kind(self, module: str) -> str:
+        return self.kinds[f"{module}.weight"]
+
+
 def _plan_layer(
-    graph: Graph,
-    plan: QuantPlan,
-    layer: Linear,
-    module: str,
-    tensors: Tensors,
-    kind: str,
-    target: Target,
-    steps: CalibratedSteps | None,
+    graph: Graph, plan: QuantPlan, layer: Linear, module: str, files: _Files, target: Target
 ) -> None:
+    kind = files.kind(module)
     if kind not in _KINDS:
         raise GraphError(f"'{module}' has the kind {kind}; a graph can be made of {', '.join(_KINDS)}")
-    stored = _weight(graph, layer, module, tensors)
+    stored = _weight(graph, layer, module, files.tensors)
     weight = Slot(stored.params.spec, f"{module}.weight")
     plan.weights[Use(layer.node, layer.weight)] = weight
     plan.weight_codes[weight.params] = stored
@@ -126,7 +133,7 @@ def _plan_layer(
         plan.activations[site] = Slot(rows, f"{layer.activation_name}@token")
     if kind in ("W8A8_DYNAMIC", "W8A16"):
         return
-    plan.activations[site] = slot = _known_input(plan, layer, module, tensors, kind, target, steps)
+    plan.activations[site] = slot = _known_input(plan, layer, module, files, target)
     if kind == "W8A8" and layer.bias is not None and target.bias is BiasForm.INT32:
         s_x = plan.params[slot.params].scale
         values = np.asarray(graph.value(graph.node(layer.node).inputs[layer.bias]), np.float64)
@@ -137,24 +144,16 @@ def _plan_layer(
         plan.bias_codes[f"{module}.bias"] = BiasCodes(integers, both, slot.params, weight.params, clipped)
 
 
-def _known_input(
-    plan: QuantPlan,
-    layer: Linear,
-    module: str,
-    tensors: Tensors,
-    kind: str,
-    target: Target,
-    steps: CalibratedSteps | None,
-) -> Slot:
+def _known_input(plan: QuantPlan, layer: Linear, module: str, files: _Files, target: Target) -> Slot:
     """The slot of the layer's input, whose numbers are in the files: one pair, or one for each calibrated step."""
-    if kind != "W8A8_TIMESTEP":
-        steps = None
-    elif steps is None:
+    kind = files.kind(module)
+    steps = files.steps if kind == "W8A8_TIMESTEP" else None
+    if kind == "W8A8_TIMESTEP" and steps is None:
         raise GraphError(
             f"'{module}' has the kind {kind}: its files do not tell from which time step it is static; "
             "save the session again with this version"
         )
-    rows = _input_rows(tensors, module, 1 if steps is None else len(steps.rows))
+    rows = _input_rows(files.tensors, module, 1 if steps is None else len(steps.rows))
     dtype, symmetric = target.activation, target.symmetric_activation
     shift = 0 if dtype.signed else (dtype.highest + 1) // 2
     spec = QuantSpec(dtype, PerTensor(), symmetric)

@@ -13,7 +13,7 @@ from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.linears import Linear, find_linears
 from onnxslim_ptq.graph.smooth_groups import GroupKind, SmoothGroup
 from onnxslim_ptq.steps import smoothing
-from onnxslim_ptq.steps.smoothing import Found, GroupsConfig, Smoothed
+from onnxslim_ptq.steps.smoothing import Found, GroupsConfig, Smoothed, kinds_field
 from onnxslim_ptq.workspace import Workspace
 
 __all__ = ["Equalize", "equal_scale", "output_absmax", "run"]
@@ -26,9 +26,7 @@ class Equalize(GroupsConfig):
     """``rounds``: how often the pairs of a chain are equalized in turn; fewer when nothing moves any more."""
 
     type: Literal["equalize"]
-    groups: tuple[GroupKind, ...] = Field(
-        (GroupKind.CONV_CONV,), min_length=1, examples=[kind.value for kind in GroupKind]
-    )
+    groups: tuple[GroupKind, ...] = kinds_field(GroupKind.CONV_CONV)
     rounds: Annotated[int, Field(ge=1, le=100, strict=True)] = 20
 
 

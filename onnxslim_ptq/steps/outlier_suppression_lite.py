@@ -8,7 +8,6 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
 from calib.stats import ChannelStats, RowStats
 from calib.types import Probe, Stats
@@ -19,7 +18,7 @@ from onnxslim_ptq.steps.block_loss import BlockLoss, block_losses
 from onnxslim_ptq.steps.flex_smooth import row_probe
 from onnxslim_ptq.steps.layer_error import GroupError, takes_rows
 from onnxslim_ptq.steps.placement import Placement
-from onnxslim_ptq.steps.smoothing import Found, GroupsConfig, Smoothed
+from onnxslim_ptq.steps.smoothing import Found, GroupsConfig, Smoothed, kinds_field
 from onnxslim_ptq.workspace import Workspace
 
 __all__ = ["ALPHAS", "OutlierSuppressionLite", "by_block", "found_by", "run"]
@@ -35,9 +34,7 @@ class OutlierSuppressionLite(GroupsConfig):
     """
 
     type: Literal["outlier_suppression_lite"]
-    groups: tuple[GroupKind, ...] = Field(
-        (GroupKind.UNFUSED,), min_length=1, examples=[kind.value for kind in GroupKind]
-    )
+    groups: tuple[GroupKind, ...] = kinds_field(GroupKind.UNFUSED)
     loss: Literal["layer", "block"] = "layer"
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "chosen_groups",
     "expand",
     "input_absmax",
+    "kinds_field",
     "power_scale",
     "reduce_channels",
     "scale_group",
@@ -43,7 +44,11 @@ Floats = NDArray[np.float64]
 Loss = TypeVar("Loss")
 FOLDED = (GroupKind.NORM_LINEAR, GroupKind.OV, GroupKind.UP_DOWN, GroupKind.LINEAR_LINEAR)
 _STATE = 1 << 29  # bytes of statistics that one sweep may hold; a Gram matrix takes 17 per entry
-_KINDS = [kind.value for kind in GroupKind]
+
+
+def kinds_field(*default: GroupKind) -> Any:
+    """The key ``groups`` of a step: the kinds it may touch, at least one."""
+    return Field(default, min_length=1, examples=[kind.value for kind in GroupKind])
 
 
 class SmoothingConfig(Config):
@@ -58,7 +63,7 @@ class GroupsConfig(SmoothingConfig):
     """``groups`` are the kinds a step may touch; a group is touched when a layer of it is included, quantized by the
     recipe, and none is excluded."""
 
-    groups: tuple[GroupKind, ...] = Field(FOLDED, min_length=1, examples=_KINDS)
+    groups: tuple[GroupKind, ...] = kinds_field(*FOLDED)
 
 
 @dataclass(frozen=True)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
 from onnxslim_ptq.core.config import number
 from onnxslim_ptq.graph.smooth_groups import GroupKind, SmoothGroup
 from onnxslim_ptq.graph.split_channels import divides, split_channels
 from onnxslim_ptq.steps import smoothing
-from onnxslim_ptq.steps.smoothing import FOLDED, GroupsConfig, Smoothed
+from onnxslim_ptq.steps.smoothing import FOLDED, GroupsConfig, Smoothed, kinds_field
 from onnxslim_ptq.workspace import Workspace
 
 __all__ = ["SplitOutliers", "outliers", "run"]
@@ -26,9 +24,7 @@ class SplitOutliers(GroupsConfig):
     """``share``: of a value's channels that may leave; ``ratio``: how far the largest has to stand out."""
 
     type: Literal["split_outliers"]
-    groups: tuple[GroupKind, ...] = Field(
-        (*FOLDED, GroupKind.UNFUSED), min_length=1, examples=[kind.value for kind in GroupKind]
-    )
+    groups: tuple[GroupKind, ...] = kinds_field(*FOLDED, GroupKind.UNFUSED)
     share: Annotated[float, number(0, 0.5, open_lo=True)] = 0.01
     ratio: Annotated[float, number(2)] = 8.0
 
@@ -51,8 +47,8 @@ def run(workspace: Workspace, groups: Sequence[SmoothGroup], config: SplitOutlie
         if chosen:
             split_channels(workspace.graph, group.consumers, chosen)
             nodes = tuple(c.node for c in group.consumers)
-            record = Smoothed(config.type, group.kind.value, nodes, np.ones(group.channels))
-            done.append(replace(record, channels=chosen))
+            unscaled = np.ones(group.channels)
+            done.append(Smoothed(config.type, group.kind.value, nodes, unscaled, channels=chosen))
     if done:
         workspace.changed()
     return done

@@ -14,9 +14,10 @@ from onnxslim_ptq.analysis.entries import Entry, entries_of, macs_of
 from onnxslim_ptq.analysis.fallback import cheapest, fewest_in_order
 from onnxslim_ptq.analysis.goal import Goal
 from onnxslim_ptq.analysis.metrics import first_top1, worst_sqnr
-from onnxslim_ptq.analysis.ranking import as_patterns, rank_by_sqnr
+from onnxslim_ptq.analysis.ranking import rank_by_sqnr
 from onnxslim_ptq.analysis.switchboard import Switchboard
 from onnxslim_ptq.analysis.trials import Trial
+from onnxslim_ptq.core.match import literal
 from onnxslim_ptq.graph.linears import find_linears
 from onnxslim_ptq.job import Job
 from onnxslim_ptq.pipeline import Planned, make_plan
@@ -82,7 +83,7 @@ class Field:
     def attempt(self, chosen: Sequence[Entry]) -> Trial | None:
         key = frozenset(entry.name for entry in chosen)
         if key not in self.tried:
-            excluded = as_patterns(node for entry in self.order if entry.name in key for node in entry.nodes)
+            excluded = [literal(node) for entry in self.order if entry.name in key for node in entry.nodes]
             label = f"{self.base.label}, {len(excluded)} layers float"
             self.tried[key] = self.tuner.trial(label, self.recipe.with_patterns(exclude=excluded))
         return self.tried[key]

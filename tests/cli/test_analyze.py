@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from onnxslim_ptq import LayerSelector, Recipe, analyze, quantize
-from onnxslim_ptq.analysis.ranking import as_patterns
 from onnxslim_ptq.cli import main
+from onnxslim_ptq.core.match import literal
 from onnxslim_ptq.errors import GraphError, RecipeError
 from tests.models import feeds_for, mlp, parse, weights_of
 
@@ -75,6 +75,7 @@ def test_the_worst_layer_is_found() -> None:
             "metric 'sqnr' is unknown for scope 'layer'; use one of",
         ),
         (["linear", MODEL, "--pattern", "*nothing*"], "--pattern '*nothing*' matches no layer"),
+        (["linear", MODEL, "--pattern", "group:ov"], "--pattern 'group:ov': groups choose in recipes"),
         (["linear", "missing.onnx"], "does not exist"),
     ],
 )
@@ -86,8 +87,8 @@ def test_errors(arguments: list[str], message: str, capsys: Captured) -> None:
 def test_patterns_match_the_names_and_nothing_else() -> None:
     from onnxslim_ptq.core.match import Layer, Pattern
 
-    for name in ("/a/b", "conv[1]", "re:x", "op:Conv", "a*b", "a?\\(b"):
-        (text,) = as_patterns([name])
+    for name in ("/a/b", "conv[1]", "re:x", "op:Conv", "group:ov", "a*b", "a?\\(b"):
+        text = literal(name)
         assert Pattern.parse(text).matches(Layer(name, "X"))
         assert not Pattern.parse(text).matches(Layer(name.replace("[1]", "1").replace("*", "_") + "x", "X"))
 

@@ -1,7 +1,7 @@
 """`python -m tools.bench layers`: what the layers of a decoder cost its predictions, and what leaving them float gains.
 
 The divergence KL(p || q) = Σ p (log p − log q) of the predicted tokens, p of the float model, q of the quantized one,
-in nats, mean over all tokens of some held-out windows. Layers are switched on and off in one session (`Switchboard`).
+in nats, mean over all tokens of some held-out windows. Layers are switched on and off in one session.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import numpy as np
 from calib.provider import SessionOptions, create_session
 from calib.runner import run_session
 from calib.types import Sample
-from onnxslim_ptq.analysis.switchboard import Switchboard
+from onnxslim_ptq.analysis.switchboard import makers_of
 from onnxslim_ptq.asked import Asked
+from onnxslim_ptq.export.switches import Switched, switch_layers
 from onnxslim_ptq.job import open_job
 from onnxslim_ptq.pipeline import make_plan
 from tools.zoo import load
@@ -26,7 +27,7 @@ from .machine import ROOT, stamp
 from .tables import markdown
 
 OUT = ROOT / "docs" / "benchmarks-layers.md"
-_SINGLES, _STEPS = 30, (1, 2, 4, 8)
+_STEPS = (1, 2, 4, 8)
 _TEXT = """# What the layers of a decoder cost
 
 Written by `python -m tools.bench layers`; do not edit by hand.
@@ -48,8 +49,9 @@ def main(arguments: Sequence[str]) -> int:
     job, _ = open_job(case.model, Asked(recipe=options.recipe, calib_data=list(case.calibration)))
     planned = make_plan(job)
     samples = list(job.evaluation)[: options.samples]
-    board = Switchboard(planned.workspace, planned.placement, planned.plan, samples)
-    rows = _rows(Predictions(board, samples))
+    workspace = planned.workspace
+    makers = makers_of(workspace.graph, planned.placement)
+    rows = _rows(Predictions(switch_layers(workspace.model(), planned.plan, makers), samples))
     text = _TEXT.format(recipe=options.recipe, samples=len(samples))
     marks = stamp(" ".join(["python -m tools.bench layers", *arguments]))
     foot = "\n".join(f"- {key}: {value}" for key, value in marks.items())
@@ -60,12 +62,12 @@ def main(arguments: Sequence[str]) -> int:
 
 
 class Predictions:
-    """The predicted tokens of a switchboard's model, and how far they are from those of the float model."""
+    """The predicted tokens with any of the layers quantized, and how far they are from those of the float model."""
 
-    def __init__(self, board: Switchboard, samples: Sequence[Sample]) -> None:
-        self.layers = list(board.layers)
-        self._switched, self._samples = board.switched, samples
-        model = board.switched.model
+    def __init__(self, switched: Switched, samples: Sequence[Sample]) -> None:
+        self.layers = list(switched.layers)
+        self._switched, self._samples = switched, samples
+        model = switched.model
         options = SessionOptions(simulate=True)
         self._session = create_session(model.proto.SerializeToString(), model.weights, options=options)
         self._exact = [self._log_softmax(sample, ()) for sample in samples]
@@ -98,7 +100,7 @@ def _rows(predictions: Predictions) -> list[list[str]]:
         costs[kind] = float(rows[-1][-1])
         print(rows[-1], flush=True)
     worst = kinds[min((k for k in kinds if len(kinds[k]) > 1), key=lambda kind: costs[kind])]
-    order = sorted(worst[-_SINGLES:], key=lambda name: predictions.divergence([name]))
+    order = sorted(worst, key=lambda name: predictions.divergence([name]))
     for count in _STEPS:
         shown = (
             f"`{order[0]}`"

@@ -10,7 +10,7 @@ from .cache import need
 from .case import Case, Outputs
 
 
-def open_session(model: Path, threads: int = 0) -> Any:
+def open_session(model: Path, threads: int = 0, *, optimize: bool = True) -> Any:
     """A CPU session without warnings (shipped files hold unused initializers); 0 threads: all cores."""
     need("onnxruntime", "onnxruntime")
     import onnxruntime
@@ -18,6 +18,8 @@ def open_session(model: Path, threads: int = 0) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
 
 
