@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -28,6 +29,11 @@ _HEAD = frozenset(
     {"name", "dims", "data_type", "doc_string", "metadata_props"}
 )  # a tensor without its values
 _FILE_MODE = 0o640  # umask 027; a stricter umask of the user is kept
+_CURES = {
+    errno.ENOSPC: "free the disk or choose another OUT",
+    errno.ENOTDIR: "a file stands where a folder would; an OUT that is one file ends in .onnx",
+    errno.EEXIST: "a file stands where a folder would; an OUT that is one file ends in .onnx",
+}
 
 
 @dataclass(frozen=True)
@@ -184,9 +190,8 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise GraphError(
-            f"output '{path}' cannot be written ({reason}); free the disk or choose another OUT"
-        ) from None
+        cure = _CURES.get(error.errno or 0, "choose another OUT, in a folder of yours")
+        raise GraphError(f"output '{path}' cannot be written ({reason}); {cure}") from None
 
 
 @contextmanager
