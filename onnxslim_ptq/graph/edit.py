@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
@@ -9,7 +11,17 @@ from numpy.typing import NDArray
 from calib.types import Array
 from onnxslim_ptq.graph.graph import Graph
 
-__all__ = ["bypass", "following_bias", "is_captured", "is_standard", "own_constant", "per_channel_values"]
+__all__ = [
+    "bypass",
+    "following_bias",
+    "is_captured",
+    "is_standard",
+    "narrowed",
+    "own_constant",
+    "per_channel_values",
+]
+
+_LOST = 0.01
 
 
 def is_standard(node: gs.Node) -> bool:
@@ -31,6 +43,17 @@ def own_constant(graph: Graph, node: gs.Node, port: int, values: Array) -> None:
         return
     base = tensor.name if isinstance(tensor, gs.Constant) else f"{node.name}.bias"
     graph.set_input(node, port, graph.constant(f"{base}.{node.name}" if shared else base, values))
+
+
+def narrowed(wide: NDArray[np.float64], dtype: np.dtype[Any]) -> Array | None:
+    """``wide`` in the floating type ``dtype``; None when that is not finite or loses the digits of its values.
+
+    Lost is what only denormals can hold (float16 reaches that soon); up to 1 % of the values may be.
+    """
+    with np.errstate(all="ignore"):
+        narrow: Array = np.asarray(wide, dtype)
+    lost = (np.abs(narrow) < np.finfo(np.dtype(dtype.name)).tiny) & (wide != 0)
+    return None if not np.isfinite(narrow).all() or (lost.size and lost.mean() > _LOST) else narrow
 
 
 def bypass(graph: Graph, first: gs.Node, last: gs.Node) -> None:

@@ -22,10 +22,10 @@ from onnxslim_ptq.graph.convert import in_order
 from onnxslim_ptq.graph.edit import is_standard
 from onnxslim_ptq.graph.graph import Graph
 
-__all__ = ["Shape", "Shapes", "evaluate", "infer_shapes"]
+__all__ = ["Shape", "Shapes", "evaluate", "fixed_shapes", "infer_shapes"]
 
 _SMALL = 4096  # elements of a value that is computed along
-_FIRST_PRIME = 11
+_FIRST_PRIME, _OTHER_PRIME = 11, 1009
 Shape = tuple[int | None, ...]
 
 
@@ -43,17 +43,34 @@ class Shapes:
         return None if dims is None or None in dims else tuple(d for d in dims if d is not None)
 
 
-def infer_shapes(graph: Graph) -> Shapes:
-    """Shapes of every value of the main graph that can be told, with distinct primes for the dynamic dimensions."""
+def infer_shapes(graph: Graph, first: int = _FIRST_PRIME) -> Shapes:
+    """Shapes of every value of the main graph that can be told, with distinct primes for the dynamic dimensions.
+
+    The primes are those from ``first`` on.
+    """
     shapes = Shapes()
     types: dict[str, TypeProto] = {}
-    _bind_inputs(graph, shapes, types)
+    _bind_inputs(graph, shapes, types, first)
     opsets = list(graph.model.proto.opset_import)
     for node in in_order(graph.nodes):
         if not graph.has_subgraph(node):
             _visit(graph, node, shapes, types, opsets)
     shapes.kinds = {name: kind.tensor_type.elem_type for name, kind in types.items()}
     return shapes
+
+
+def fixed_shapes(graph: Graph) -> Shapes:
+    """`infer_shapes` less what depends on dynamic dimensions: those that change with the primes are None."""
+    shapes, others = infer_shapes(graph), infer_shapes(graph, _OTHER_PRIME)
+    found = Shapes(kinds=shapes.kinds)
+    for name, dims in shapes.dims.items():
+        again = others.dims.get(name, ())
+        if len(again) == len(dims):
+            found.dims[name] = tuple(d if d == o else None for d, o in zip(dims, again, strict=True))
+    for name, value in shapes.values.items():
+        if name in others.values and np.array_equal(value, others.values[name]):
+            found.values[name] = value
+    return found
 
 
 def evaluate(graph: Graph, proto: NodeProto, inputs: dict[str, Array]) -> list[Array] | None:
@@ -72,8 +89,8 @@ def evaluate(graph: Graph, proto: NodeProto, inputs: dict[str, Array]) -> list[A
         return None
 
 
-def _bind_inputs(graph: Graph, shapes: Shapes, types: dict[str, TypeProto]) -> None:
-    sizes = _primes()
+def _bind_inputs(graph: Graph, shapes: Shapes, types: dict[str, TypeProto], first: int) -> None:
+    sizes = _primes(first)
     bound: dict[str, int] = {}
     for value in graph.inputs:
         tensor = value.type.tensor_type
@@ -92,8 +109,8 @@ def _bind_inputs(graph: Graph, shapes: Shapes, types: dict[str, TypeProto]) -> N
         types[value.name] = helper.make_tensor_type_proto(tensor.elem_type, dims)
 
 
-def _primes() -> Iterator[int]:
-    number = _FIRST_PRIME
+def _primes(first: int) -> Iterator[int]:
+    number = first
     while True:
         if all(number % d for d in range(2, math.isqrt(number) + 1)):
             yield number

@@ -186,6 +186,29 @@ ALONE = {
             y = Concat <axis = -1> (a, b, c0, d)
         }""",
     ),
+    "a product with itself": (
+        "div_matmul",
+        "(float[8,8] x) => (float[8,8] y) { q = MatMul (x, w) p = MatMul (q, q) y = Div (p, root) }",
+    ),
+    "whole numbers": ("matmul_gemm", "(int32[3,2] x) => (int32[3,2] y) { y = MatMul (x, whole) }"),
+    "limits of int64": (
+        "clip",
+        "(int64[3,4] x) => (int64[3,4] y) { r = Clip (x, two, most) y = Relu (r) }",
+    ),
+    "channels are a dynamic width": (
+        "resize_conv",
+        f"""(float[2,3,H,W] x) => (float[2,K,L,M] y) {{
+            t = Transpose <perm = [0, 3, 1, 2]> (x) y = {UP} (t, , up) }}""",
+    ),
+    "patches of dynamic channels": (
+        "patch_merging",
+        """(float[2,C,4,4] z) => (float[2,2,2,K] y) {
+            x = Transpose <perm = [0, 2, 3, 1]> (z)
+            a = Slice (x, s00, end2, ax12, st2) b = Slice (x, s10, end2, ax12, st2)
+            c0 = Slice (x, s01, end2, ax12, st2) d = Slice (x, s11, end2, ax12, st2)
+            y = Concat <axis = -1> (a, b, c0, d)
+        }""",
+    ),
     "a window": (
         "pool_conv",
         "(float[2,3,4,5] x) => (float[2,5,1,1] y) { h = Conv <pads = [1, 1, 1, 1]> (x, k) y = GlobalAveragePool (h) }",
@@ -212,6 +235,8 @@ F |= {
     "st": np.asarray([2], np.int64),
     "st2": np.asarray([2, 2], np.int64),
 }
+F["whole"] = np.asarray([[1, 2], [3, 4]], np.int32)
+F["most"] = np.asarray(2**63 - 1, np.int64)
 F["copied"] = np.asarray([0, 4], np.int64)
 
 
@@ -229,6 +254,28 @@ def test_same_outputs(name: str, opset: int, body: str, times: int) -> None:
     graph = Graph(model)
     assert sum(EXACT[name](graph) for _ in range(3)) == times
     same_outputs(model, graph.to_model(), rtol=1e-4, atol=1e-5)
+
+
+def test_dynamic_sizes_do_not_hide_fixed_channels() -> None:
+    body = """g (float[N,3,H,W] z) => (float[N,I,J,12] y) {
+        x = Transpose <perm = [0, 2, 3, 1]> (z)
+        a = Slice (x, s00, end2, ax12, st2) e = Slice (x, s10, end2, ax12, st2)
+        c0 = Slice (x, s01, end2, ax12, st2) d = Slice (x, s11, end2, ax12, st2)
+        y = Concat <axis = -1> (a, e, c0, d) }"""
+    model = model_of(body, constants(body))
+    graph = Graph(model)
+    assert EXACT["patch_merging"](graph) == 1
+    feeds = [feed_for(model.proto, 0, {"N": 2, "H": 4, "W": 6})]
+    same_outputs(model, graph.to_model(), feeds=feeds)
+
+
+def test_float16_keeps_its_digits() -> None:
+    """1e-3 / 1e4 is no normal float16; the product x W of large x divided by it is."""
+    half = {"w": (W["w"] * 1e-3).astype(np.float16), "c": np.float16(1e4)}
+    graph = Graph(
+        model_of("g (float16[3,8] x) => (float16[3,8] y) { m = MatMul (x, w) y = Div (m, c) }", half)
+    )
+    assert EXACT["div_matmul"](graph) == 0
 
 
 @pytest.mark.parametrize(("name", "body"), ALONE.values(), ids=ALONE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnxslim_ptq.graph.shapes import Shapes, infer_shapes
+from onnxslim_ptq.graph.shapes import Shapes, fixed_shapes, infer_shapes
 from tests.graph.models import graph_of
 
 
@@ -52,3 +52,13 @@ def test_large_results_are_not_computed() -> None:
         n = Constant <value_ints = [1000000, 1000000]> ()  z = ConstantOfShape (n)  o = Cast <to = 7> (z) }""")
     assert "z" not in found.values
     assert found.known("z") == (1000000, 1000000)
+
+
+def test_fixed_is_what_no_dynamic_dimension_changes() -> None:
+    found = fixed_shapes(
+        graph_of(
+            "g (float[B,11,8] x) => (float[N] o) { s = Shape (x)  o = Transpose <perm = [1, 0, 2]> (x) }"
+        )
+    )
+    assert found.dims["o"] == (11, None, 8)
+    assert "s" not in found.values

@@ -99,6 +99,8 @@ def _limits(graph: Graph, node: gs.Node) -> _Limits | None:
             return None
         ends = [*(None if v is None else float(v.reshape(-1)[0]) for v in values), None, None]
         dtype = next((v.dtype for v in values if v is not None), None)
+        if dtype is not None and dtype.kind != "f":  # limits of int64 are no float numbers
+            return None
         low, high = (
             end if end is not None else other for end, other in zip(ends, (-np.inf, np.inf), strict=False)
         )

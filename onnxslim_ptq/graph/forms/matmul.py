@@ -8,7 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from calib.types import Array
-from onnxslim_ptq.graph.edit import bypass, is_captured, is_standard, own_constant
+from onnxslim_ptq.graph.edit import bypass, is_captured, is_standard, narrowed, own_constant
 from onnxslim_ptq.graph.forms.activations import scalar
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.shapes import infer_shapes
@@ -23,7 +23,8 @@ def fold_division(graph: Graph) -> int:
     """A product divided, or multiplied, by a constant number: the factor goes into the weights it came from.
 
     (x W + b) / c = x (W / c) + b / c, also when an attention's Q Kᵀ / c lies between: then into Q's weights, through
-    Reshape and Transpose. Every value on the way is read by the next node alone; the constants stay finite.
+    Reshape and Transpose. Every value on the way is read by the next node alone, once; the constants stay
+    finite and keep their digits.
     """
     count = 0
     for node in graph.nodes:
@@ -60,16 +61,17 @@ def _scale(graph: Graph, product: gs.Node, factor: float) -> bool:
             source = node.inputs[0]
         else:
             return False
-        if not graph.reads_alone(node, source):
+        if not graph.reads_alone(node, source) or sum(t is source for t in node.inputs) > 1:
             return False
         node = graph.producer(source)
     if node is None:
         return False
-    scaled = [np.asarray(values.astype(np.float64) * factor, values.dtype) for _, _, values in found]
-    if not all(np.isfinite(s).all() for s in scaled):
+    scaled = [narrowed(values.astype(np.float64) * factor, values.dtype) for _, _, values in found]
+    if any(values is None for values in scaled):
         return False
-    for (layer, port, _), values in zip(found, scaled, strict=True):
-        own_constant(graph, layer, port, values)
+    for (layer, port, _), result in zip(found, scaled, strict=True):
+        assert result is not None
+        own_constant(graph, layer, port, result)
     return True
 
 
@@ -150,7 +152,7 @@ def form_gemm(graph: Graph) -> int:
     count = 0
     for node in candidates:
         weight, dims = graph.value(node.inputs[1]), shapes.dims.get(node.inputs[0].name)
-        if weight is None or weight.ndim != 2 or dims is None or len(dims) != 2:
+        if weight is None or weight.dtype.kind != "f" or weight.ndim != 2 or dims is None or len(dims) != 2:
             continue
         found = _bias(graph, node, weight.shape[1])
         inputs, name, result = [*node.inputs], node.name, node.outputs[0]

@@ -8,7 +8,7 @@ from onnx import TensorProto
 
 from onnxslim_ptq.graph.edit import is_standard
 from onnxslim_ptq.graph.graph import Graph
-from onnxslim_ptq.graph.shapes import infer_shapes
+from onnxslim_ptq.graph.shapes import fixed_shapes
 
 __all__ = ["merge_patches"]
 
@@ -21,12 +21,12 @@ def merge_patches(graph: Graph) -> int:
     """Concat over the last axis of x[:, i::2, j::2, :], each (i, j) once, becomes a Conv of stride 2 and kernel 2 x 2.
 
     Its weight [4 C, C, 2, 2] holds a single 1 per output channel, so the values are the same. x is [N, H, W, C] with
-    known C, float32; Transposes stand around the Conv. Opset 10 and higher.
+    fixed C, float32; Transposes stand around the Conv. Opset 10 and higher.
     """
     joins = [n for n in graph.nodes if n.op == "Concat" and is_standard(n) and len(n.inputs) == 4]
     if graph.opset < _FIRST or not joins:
         return 0
-    shapes = infer_shapes(graph)
+    shapes = fixed_shapes(graph)
     count = 0
     for join in joins:
         found = [_pixel(graph, t) for t in join.inputs]
@@ -37,12 +37,11 @@ def merge_patches(graph: Graph) -> int:
         (source,) = sources.values()
         dims = shapes.dims.get(source.name)
         axis = join.attrs.get("axis")
-        if dims is None or len(dims) != 4 or axis not in (-1, 3) or not _fixed_channels(graph, dims[3]):
+        if dims is None or len(dims) != 4 or axis not in (-1, 3) or not dims[3]:
             continue
         if shapes.kinds.get(source.name) != TensorProto.FLOAT:
             continue
-        channels = int(dims[3] or 0)
-        _replace(graph, join, source, channels, pixels)
+        _replace(graph, join, source, dims[3], pixels)
         count += 1
     return count
 
@@ -89,12 +88,3 @@ def _pixel(graph: Graph, tensor: gs.Tensor) -> tuple[gs.Tensor, int, int] | None
             starts[axis] = start
         tensor = node.inputs[0]
     return (tensor, starts[1], starts[2]) if set(starts) == {1, 2} else None
-
-
-def _fixed_channels(graph: Graph, channels: int | None) -> bool:
-    """Whether the channel count is the model's own and not a stand-in for a dynamic dimension."""
-    for value in graph.inputs:
-        dims = value.type.tensor_type.shape.dim
-        if dims and not dims[-1].HasField("dim_value"):
-            return False
-    return bool(channels)

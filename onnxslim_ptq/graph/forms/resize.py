@@ -9,7 +9,7 @@ from onnx import TensorProto
 
 from onnxslim_ptq.graph.edit import is_standard
 from onnxslim_ptq.graph.graph import Graph
-from onnxslim_ptq.graph.shapes import infer_shapes
+from onnxslim_ptq.graph.shapes import fixed_shapes
 
 __all__ = ["merge_resizes", "pool_before_conv", "resize_as_conv"]
 
@@ -41,18 +41,18 @@ def resize_as_conv(graph: Graph) -> int:
     """A Resize of images that repeats pixels (as in `merge_resizes`) becomes a ConvTranspose per channel with ones.
 
     Kernel and stride are the repetitions: each input pixel fills its own block, so the values are the same. float32
-    images [N, C, H, W] with known C, repeated in H and W up to 16 times.
+    images [N, C, H, W] with fixed C, repeated in H and W up to 16 times.
     """
     wanted = [(n, r) for n in graph.nodes if (r := _repeats(graph, n)) is not None]
     if not wanted:
         return 0
-    shapes = infer_shapes(graph)
+    shapes = fixed_shapes(graph)
     count = 0
     for node, repeats in wanted:
         dims = shapes.dims.get(node.inputs[0].name)
         if dims is None or len(dims) != 4 or not isinstance(dims[1], int) or len(repeats) != 4:
             continue
-        if (repeats[:2] != 1).any() or repeats.max() > _LARGEST or not _fixed_channels(graph):
+        if (repeats[:2] != 1).any() or repeats.max() > _LARGEST:
             continue
         if shapes.kinds.get(node.inputs[0].name) != TensorProto.FLOAT:
             continue
@@ -111,12 +111,3 @@ def _repeats(graph: Graph, node: gs.Node) -> NDArray[np.int64] | None:
         return None
     whole = scales.astype(np.int64)
     return whole if (whole == scales).all() and (whole >= 1).all() else None
-
-
-def _fixed_channels(graph: Graph) -> bool:
-    """Whether no input has a dynamic second dimension: shape inference puts a prime for it."""
-    for value in graph.inputs:
-        dims = value.type.tensor_type.shape.dim
-        if len(dims) > 1 and not dims[1].HasField("dim_value"):
-            return False
-    return True

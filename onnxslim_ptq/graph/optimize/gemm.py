@@ -6,7 +6,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from calib.types import Array
-from onnxslim_ptq.graph.edit import is_standard, own_constant
+from onnxslim_ptq.graph.edit import is_standard, narrowed, own_constant
 from onnxslim_ptq.graph.graph import Graph
 
 __all__ = ["normalize_gemm"]
@@ -35,7 +35,7 @@ def _normalize(graph: Graph, node: gs.Node) -> bool:
     if alpha == 1.0 and beta == 1.0 and not reshaped:
         return False
     scaled, shifted = _times(weight, alpha), None if flat is None else _times(flat, beta)
-    if not np.isfinite(scaled).all() or (shifted is not None and not np.isfinite(shifted).all()):
+    if scaled is None or (flat is not None and shifted is None):
         return False
     if alpha != 1.0:
         own_constant(graph, node, 1, scaled)
@@ -45,11 +45,8 @@ def _normalize(graph: Graph, node: gs.Node) -> bool:
     return True
 
 
-def _times(values: Array, factor: float) -> Array:
-    if factor == 1.0:
-        return values
-    with np.errstate(over="ignore"):
-        return np.asarray(np.multiply(values, factor, dtype=np.float64), values.dtype)
+def _times(values: Array, factor: float) -> Array | None:
+    return values if factor == 1.0 else narrowed(values.astype(np.float64) * factor, values.dtype)
 
 
 def _flat(bias: Array, channels: int) -> Array | None:

@@ -7,7 +7,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from calib.types import Array
-from onnxslim_ptq.graph.edit import is_standard, own_constant
+from onnxslim_ptq.graph.edit import is_standard, narrowed, own_constant
 from onnxslim_ptq.graph.graph import Graph
 
 __all__ = ["along_outputs", "output_channels", "scale_layer"]
@@ -54,20 +54,13 @@ def scale_layer(graph: Graph, layer: gs.Node, factor: Floats, shift: Floats) -> 
         along = along_outputs(layer, weight, factor)
         scaled = np.multiply(weight, along, dtype=np.float64)
         new_bias = (np.zeros(factor.size) if bias is None else np.asarray(bias, np.float64)) * factor + shift
-        narrow = np.asarray(scaled, weight.dtype), np.asarray(new_bias, weight.dtype)
-    # A scaled weight that only denormals can hold has lost its digits (float16 reaches that soon).
-    lost = (np.abs(narrow[0]) < np.finfo(np.dtype(weight.dtype.name)).tiny) & (
-        np.abs(weight) * np.abs(along) > 0
-    )
-    if not all(np.isfinite(values).all() for values in narrow) or lost.mean() > _LOST:
+        narrow, narrow_bias = narrowed(scaled, weight.dtype), np.asarray(new_bias, weight.dtype)
+    if narrow is None or not np.isfinite(narrow_bias).all():
         return False
-    own_constant(graph, layer, 1, narrow[0])
+    own_constant(graph, layer, 1, narrow)
     if has_bias or new_bias.any():
-        own_constant(graph, layer, 2, narrow[1])
+        own_constant(graph, layer, 2, narrow_bias)
     return True
-
-
-_LOST = 0.01
 
 
 def along_outputs(layer: gs.Node, weight: Array, factor: Floats) -> Floats:
