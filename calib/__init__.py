@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["Gathering", "Probe", "Statistics", "collect", "create_session", "gather"]
+__all__ = ["Gathering", "Probe", "Progress", "Statistics", "collect", "create_session", "gather"]
 
 if TYPE_CHECKING:
-    from calib.gather import Gathering, gather
+    from calib.gathering import Gathering, gather
+    from calib.progress import Progress
     from calib.provider import create_session
     from calib.runner import collect
     from calib.saved.store import Statistics
     from calib.types import Probe
 
 _HOMES = {
-    "Gathering": "calib.gather",
+    "Gathering": "calib.gathering",
     "Probe": "calib.types",
+    "Progress": "calib.progress",
     "Statistics": "calib.saved.store",
     "collect": "calib.runner",
     "create_session": "calib.provider",
-    "gather": "calib.gather",
+    "gather": "calib.gathering",
 }
 
 

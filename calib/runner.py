@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from threading import Lock
 from typing import Any
 
@@ -12,6 +10,7 @@ import onnx
 
 from calib.errors import CalibrationError, QuantizationError
 from calib.model import Model
+from calib.progress import Listener, Meter
 from calib.provider import SessionOptions, create_session
 from calib.stats import COLLECTORS
 from calib.sweep.bounds import Facts
@@ -21,31 +20,7 @@ from calib.sweep.lanes import in_lanes, lanes_for, values_of
 from calib.sweep.reduce import Plan, Pooled, make_plan
 from calib.types import Array, Dataset, Feed, Probe, Sample, SampleId, Stats
 
-__all__ = ["Progress", "collect", "run_model", "run_session", "tap"]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """An event for whoever shows progress: ``done`` of ``total`` samples of phase ``what``, ``seconds`` since it began.
-
-    ``rate`` is in samples per second, ``eta`` in seconds; both None as long as nothing can be said.
-    """
-
-    what: str
-    done: int
-    total: int
-    seconds: float = field(default=0.0, compare=False)
-
-    @property
-    def rate(self) -> float | None:
-        return self.done / self.seconds if self.done > 0 and self.seconds > 0 else None
-
-    @property
-    def eta(self) -> float | None:
-        return max(self.total - self.done, 0) / self.rate if self.rate else None
-
-
-Listener = Callable[[Progress], None]
+__all__ = ["collect", "run_model", "run_session", "sweeps_of", "tap"]
 
 
 def tap(model: Model, tensors: Sequence[str], *, keep_outputs: bool = False) -> onnx.ModelProto:
@@ -79,26 +54,28 @@ def collect(
     options: SessionOptions = SessionOptions(),
     listener: Listener | None = None,
     memory: int = BUDGET,
+    once: bool = False,
 ) -> dict[Probe, Stats]:
     """Run every sample and return the statistic of each probe.
 
     One sweep over ``data``; several when the statistics would hold more than ``memory`` bytes at once. Otherwise
     memory is the tapped tensors of the samples in hand (`calib.sweep.lanes`: one per core, at most 4) and does not grow
-    with the number of samples. Probes of graph inputs are served from the feeds. Raises CalibrationError when there is
-    no sample or ONNX Runtime fails on one (naming it), DeviceError when the device is not there.
+    with the number of samples. Probes of graph inputs are served from the feeds. ``once``: ``data`` can be read a
+    single time; then ``probes`` must be one of `sweeps_of`. Raises CalibrationError when there is no sample or ONNX
+    Runtime fails on one (naming it), DeviceError when the device is not there.
     """
     facts = Facts(model)
     stats: dict[Probe, Stats] = {}
-    sweeps = split(list(dict.fromkeys(probes)), facts, memory) or [[]]
-    total, started = len(data) * len(sweeps), time.monotonic()
-    done = 0
+    sweeps = sweeps_of(model, probes, memory, facts)
+    if once and len(sweeps) > 1:
+        raise ValueError(f"data that can be read once cannot serve {len(sweeps)} sweeps")
+    meter, done = Meter("calibrating", len(data) * len(sweeps), listener), 0
     for group in sweeps:
         mine = {probe: COLLECTORS[probe.kind](probe) for probe in group}
-        sweep = _Sweep(model, make_plan(model.proto, facts, mine, device=device), device, options)
+        sweep = _Sweep(model, make_plan(model.proto, facts, mine, device=device), device, options, once)
         for _ in sweep.run(data):
             done += 1
-            if listener is not None:
-                listener(Progress("calibrating", done, total, time.monotonic() - started))
+            meter.at(done)
         sweep.settle(data)
         stats |= mine
     if done == 0:
@@ -106,14 +83,24 @@ def collect(
     return stats
 
 
+def sweeps_of(
+    model: Model, probes: Sequence[Probe], memory: int = BUDGET, facts: Facts | None = None
+) -> list[list[Probe]]:
+    """Which probes `collect` serves in which sweep over the data; one without probes when there are none."""
+    return split(list(dict.fromkeys(probes)), facts or Facts(model), memory) or [[]]
+
+
 class _Sweep:
     """Every sample once through the tapped model, its values handed to the statistics that want them.
 
-    Statistics do not depend on the order of samples, so lanes feed them as they come, one at a time each.
+    Statistics do not depend on the order of samples, so lanes feed them as they come, one at a time each. ``once``: the
+    data will not come again, so a value of which extremes are missing is looked at right away.
     """
 
-    def __init__(self, model: Model, plan: Plan, device: str, options: SessionOptions) -> None:
-        self._model, self._plan, self._device = model, plan, device
+    def __init__(
+        self, model: Model, plan: Plan, device: str, options: SessionOptions, once: bool = False
+    ) -> None:
+        self._model, self._plan, self._device, self._once = model, plan, device, once
         self._lanes, self._options = lanes_for(options, device)
         self._locks = {name: Lock() for name in plan.wanted}
         self._exact: Any = None
@@ -165,6 +152,8 @@ class _Sweep:
                     wanted.note(summary)
                 if not exact:
                     self._open[name].add(sample.index)
+        if self._once:
+            self._settle(sample, feed)
 
     def _wanted_of(self, feed: Feed) -> list[str]:
         """All outputs for the first sample of every shape, so that whole tensors of a device are compared with the
@@ -197,14 +186,19 @@ class _Sweep:
 
     def settle(self, data: Dataset) -> None:
         """Look again at the samples of which extremes are missing that could still be the largest of all."""
-        missing = {
-            name: self._open[name] for name, pooled in self._plan.pooled.items() if not self._settled(pooled)
-        }
-        for sample, feed in data if any(missing.values()) else ():
-            names = [name for name, indices in missing.items() if sample.index in indices]
-            for name, whole in (self._whole(names, feed, sample) if names else {}).items():
+        if not self._once and any(self._open[name] for name in self._unsettled()):
+            for sample, feed in data:
+                self._settle(sample, feed)
+
+    def _settle(self, sample: SampleId, feed: Feed) -> None:
+        names = [name for name in self._unsettled() if sample.index in self._open[name]]
+        for name, whole in (self._whole(names, feed, sample) if names else {}).items():
+            with self._locks[name]:
                 for wanted in self._plan.wanted[name]:
                     wanted.reach(float(whole.min()), float(whole.max()))
+
+    def _unsettled(self) -> list[str]:
+        return [name for name, pooled in self._plan.pooled.items() if not self._settled(pooled)]
 
     def _settled(self, pooled: Pooled) -> bool:
         extremes = [e for w in self._plan.wanted[pooled.tensor] if (e := w.extremes) is not None]

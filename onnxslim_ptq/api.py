@@ -13,8 +13,8 @@ import onnx
 
 from calib.errors import GraphError
 from calib.model import Model, to_array
+from calib.progress import Listener
 from calib.provider import SessionOptions, create_session, runtime
-from calib.runner import Listener
 from calib.saved.progress import Resume
 from calib.saved.store import Statistics
 from calib.types import Array, SampleId

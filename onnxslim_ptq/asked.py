@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from calib.progress import Listener
 from calib.provider import require_device
-from calib.runner import Listener
 from calib.saved.progress import Resume
 from calib.saved.store import Statistics
 from onnxslim_ptq.core.targets import TARGETS, Target

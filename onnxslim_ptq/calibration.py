@@ -10,8 +10,8 @@ from typing import Any
 import onnx
 
 from calib.errors import CalibrationError
+from calib.progress import Listener
 from calib.provider import SessionOptions
-from calib.runner import Listener
 from calib.saved.identity import ModelRef, conditions
 from calib.saved.kept import KEPT_BYTES, keep
 from calib.saved.progress import Resume

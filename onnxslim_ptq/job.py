@@ -10,9 +10,9 @@ import onnx
 from calib.blocks.blockwise import Blockwise, needs_blocks
 from calib.blocks.spool import Spool
 from calib.errors import CalibrationError
-from calib.gather import Gathering
+from calib.gathering import Gathering
 from calib.model import Model, open_model
-from calib.runner import Listener
+from calib.progress import Listener
 from calib.saved.progress import Resume
 from calib.saved.store import Statistics
 from calib.types import Dataset

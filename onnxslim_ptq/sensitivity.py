@@ -11,8 +11,9 @@ import numpy as np
 import onnx
 
 from calib.errors import GraphError
+from calib.progress import Listener, Meter
 from calib.provider import SessionOptions, create_session
-from calib.runner import Listener, Progress, run_session, tap
+from calib.runner import run_session, tap
 from calib.stats.spread import SPREADS, SpreadStats
 from calib.types import Probe, Sample
 from onnxslim_ptq.analysis.entries import Entry, entries_of, find_blocks
@@ -212,12 +213,12 @@ def _layer_wise(
     options = SessionOptions(threads=planned.workspace.threads, simulate=True)
     session = create_session(tap(model, names).SerializeToString(), model.weights, options=options)
     errors = {layer.node: OutputError(layer.output_name) for layer in layers}
+    meter = Meter("ranking", len(samples), listener)
     for done, (sample, feed) in enumerate(samples, 1):
         values = dict(zip(names, run_session(session, names, feed, sample), strict=True))
         for layer in layers:
             errors[layer.node].add(values[layer.output_name], values[twins[layer.node]], str(sample))
-        if listener is not None:
-            listener(Progress("ranking", done, len(samples)))
+        meter.at(done)
     means = {node: e.noise / max(e.count, 1) for node, e in errors.items()}
     ranking = [_block(block, float(np.mean([means[n] for n in block.nodes]))) for block in blocks]
     return sorted(ranking, key=lambda ranked: -ranked.score)

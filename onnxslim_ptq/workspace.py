@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from calib.blocks.blockwise import Blockwise, run_blockwise
 from calib.blocks.memory import release_memory
 from calib.blocks.spool import Spool
-from calib.gather import Gathering, gather
+from calib.gathering import Gathering, gather
 from calib.model import Model
+from calib.progress import Listener
 from calib.provider import SessionOptions, create_session
 from calib.readers import spread
-from calib.runner import Listener, run_session, tap
+from calib.runner import run_session, tap
 from calib.saved.kept import require_kept
 from calib.saved.store import Statistics
 from calib.sweep.lanes import in_lanes, lanes_for

@@ -25,7 +25,7 @@ PUBLIC = {
         "DeviceError",
         "VerificationError",
     ),
-    "calib": ("collect", "Probe", "create_session"),
+    "calib": ("collect", "gather", "Gathering", "Progress", "Probe", "Statistics", "create_session"),
     "calib.stats": ("HistogramStats", "MinMaxStats", "ChannelStats", "SpreadStats"),
 }
 HEAD = """# Python API

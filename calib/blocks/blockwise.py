@@ -20,8 +20,9 @@ from calib.blocks.memory import available_memory, release_memory
 from calib.blocks.spool import Spool
 from calib.errors import CalibrationError
 from calib.model import Model, to_array
+from calib.progress import Listener, Meter
 from calib.provider import SessionOptions, create_session
-from calib.runner import Listener, Progress, run_session
+from calib.runner import run_session
 from calib.stats import COLLECTORS
 from calib.types import Dataset, Feed, Probe, SampleId, Stats
 
@@ -150,6 +151,7 @@ class _Sweep:
         blocks = layout.blocks(find_cuts(layout, self.budget))
         last = {name: place for place, block in enumerate(blocks) for name in block.reads}
         samples: list[SampleId] = []
+        meter = Meter(self.what, len(blocks) * len(self.data), self.listener)
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
             for place, block in enumerate(blocks):
                 ends = {n for n in block.reads if last[n] == place and n not in layout.inputs}
@@ -161,9 +163,7 @@ class _Sweep:
                         self._take_constant(layout, number, sample, feed)
                     part.run(number, sample, feed)
                     found.append(sample)
-                    if self.listener is not None:
-                        done, total = place * len(self.data) + number + 1, len(blocks) * len(self.data)
-                        self.listener(Progress(self.what, done, total))
+                    meter.at(place * len(self.data) + number + 1)
                 del part  # before the next one is made
                 release_memory()
                 samples = samples or found

@@ -13,17 +13,20 @@ import onnx
 
 from calib.errors import CalibrationError, QuantizationError
 from calib.model import Model
+from calib.progress import Listener, Meter, Progress
 from calib.provider import SessionOptions
-from calib.runner import Listener, Progress, collect
+from calib.runner import collect, sweeps_of
 from calib.saved.store import State, revived
 from calib.types import Array, Dataset, Probe
-from calib.workers.parallel import is_portable, shards
+from calib.workers.luggage import is_portable
+from calib.workers.parallel import shards
 from calib.workers.part import Part, Slice
 
 __all__ = ["LOCAL", "RayActors"]
 
 LOCAL = "local"
 _SECONDS = 10.0  # to wait for a cluster to answer
+_TICK = 0.5  # seconds between two looks at the actors
 
 
 class RayActors:
@@ -53,12 +56,14 @@ class RayActors:
                 "Ray workers read the samples themselves, and these live in this process; give paths of files that "
                 "every node sees, or use --workers without --ray"
             )
-        self._data, self._listener = data, listener
+        self._model, self._data, self._listener = model, data, listener
         self._started = _connect(self._ray, address, count)
         try:
             threads = max(1, options.threads)
             count = count or max(1, int(self._ray.cluster_resources().get("CPU", 1)) // threads)
-            actor = self._ray.remote(_Actor).options(num_cpus=threads)
+            actor = self._ray.remote(_Actor).options(
+                num_cpus=threads, max_concurrency=2
+            )  # to work, and to tell
             proto = self._ray.put(model.proto.SerializeToString())
             weights = self._ray.put(dict(model.weights))
             self._actors = [actor.remote(proto, weights, data, device, options) for _ in range(count)]
@@ -85,15 +90,24 @@ class RayActors:
             for actor, part in zip(self._actors, parts, strict=False)
         ]
         found: list[Part] = []
-        done = len(self._data) - len(positions)
+        times = len(sweeps_of(self._model, probes))
+        before = (len(self._data) - len(positions)) * times
+        meter, done = Meter("calibrating", len(self._data) * times, self._listener, before), before
         while waiting:
-            ready, waiting = self._ray.wait(waiting)
-            for reference in ready:
-                found.append(self._result(reference))
-                done += len(found[-1].positions)
-            if self._listener is not None:
-                self._listener(Progress("calibrating", done, len(self._data)))
+            ready, waiting = self._ray.wait(waiting, timeout=_TICK)
+            found += [self._result(reference) for reference in ready]
+            told = before + sum(self._asked(actor.done.remote()) for actor in self._actors[: len(parts)])
+            if told > done:
+                done = told
+                meter.at(done)
         return found
+
+    def _asked(self, reference: Any) -> int:
+        """How many samples an actor has run; 0 while it does not answer, its errors being those of its work."""
+        try:
+            return int(self._ray.get(reference, timeout=_TICK))
+        except self._ray.exceptions.RayError:
+            return 0
 
     def _result(self, reference: Any) -> Part:
         try:
@@ -124,12 +138,30 @@ class _Actor:
     ) -> None:
         self._model = Model(onnx.ModelProto.FromString(proto), dict(weights), None, len(proto))
         self._data, self._device, self._options = data, device, options
+        self._done = 0
+
+    def done(self) -> int:
+        """How many samples of the present part were run, once for each sweep."""
+        return self._done
+
+    def _tick(self, event: Progress) -> None:
+        self._done = event.done
 
     def serve(
         self, probes: list[Probe], positions: list[int], seconds: float
     ) -> tuple[list[int], dict[Probe, State]]:
         part = Slice(self._data, positions, seconds)
-        found = part.part(collect(self._model, probes, part, device=self._device, options=self._options))
+        self._done = 0
+        found = part.part(
+            collect(
+                self._model,
+                probes,
+                part,
+                device=self._device,
+                options=self._options,
+                listener=self._tick,
+            )
+        )
         return found.positions, {probe: stat.state() for probe, stat in found.stats.items()}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import multiprocessing as mp
 import os
 import queue
@@ -15,7 +14,6 @@ from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.connection import wait as wait_for
-from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,77 +23,28 @@ import numpy as np
 from calib.blocks.spool import Spool
 from calib.errors import CalibrationError
 from calib.model import Model, open_model
+from calib.progress import Listener, Meter, Progress
 from calib.provider import SessionOptions
 from calib.readers import subset
-from calib.runner import Listener, Progress, collect
+from calib.runner import collect, sweeps_of
 from calib.types import Dataset, Probe, Sample, Stats
+from calib.workers.luggage import is_portable, write_for_workers
 from calib.workers.part import Part, Slice, Stopped
 
-__all__ = ["Processes", "is_portable", "shards", "write_for_workers"]
+__all__ = ["Processes", "shards"]
 
 _AHEAD = 2  # samples that wait for each worker when this process reads them
 _TICK = 0.1  # seconds between two looks at the workers
-_PORTABLE_BYTES = 1 << 20  # a data set that takes more is its samples, not the way to them
 _DIED = (
     "a worker process died (out of memory, or killed); use fewer --workers. In a Python script the call must stand "
     'under `if __name__ == "__main__":`'
 )
 
 
-def is_portable(data: Dataset) -> bool:
-    """Whether another process can open the data by itself (files, synthetic samples), or must be fed."""
-    try:
-        ForkingPickler(_Little(), 5).dump(data)
-    except Exception:  # whatever a user's object raises when it cannot travel
-        return False
-    return True
-
-
-class _Little(io.RawIOBase):
-    """Takes what a small object needs and refuses more."""
-
-    def __init__(self) -> None:
-        self._room = _PORTABLE_BYTES
-
-    def write(self, piece: Any) -> int:
-        size = memoryview(piece).nbytes
-        self._room -= size
-        if self._room < 0:
-            raise OverflowError
-        return size
-
-
 def shards(positions: Sequence[int], count: int) -> list[list[int]]:
     """Cut ``positions`` into at most ``count`` consecutive parts of nearly equal length."""
     parts = np.array_split(np.asarray(positions, np.int64), max(1, min(count, len(positions))))
     return [part.tolist() for part in parts]
-
-
-def write_for_workers(model: Model, folder: Path) -> Path:
-    """Write the model with its weights beside it, where every worker maps the same pages; returns its path."""
-    proto = type(model.proto)()
-    proto.CopyFrom(model.proto)
-    path = folder / "model.onnx"
-    try:
-        with (folder / "weights.bin").open("wb") as file:
-            for tensor in proto.graph.initializer:
-                values = model.weights.get(tensor.name)
-                if values is None:
-                    continue
-                file.write(bytes(-file.tell() % 64))
-                del tensor.external_data[:]
-                place = {"location": "weights.bin", "offset": file.tell(), "length": values.nbytes}
-                for key, value in place.items():
-                    tensor.external_data.add(key=key, value=str(value))
-                little = np.asarray(values, values.dtype.newbyteorder("<"), order="C")
-                file.write(little.reshape(-1).view(np.uint8).data)
-        path.write_bytes(proto.SerializeToString())
-    except OSError as error:
-        raise CalibrationError(
-            f"the model cannot be written for workers to '{folder}' ({error.strerror}); free the disk there, or "
-            "point TMPDIR to another"
-        ) from None
-    return path
 
 
 class Processes:
@@ -113,7 +62,7 @@ class Processes:
         options: SessionOptions,
         listener: Listener | None,
     ) -> None:
-        self._count, self._data, self._listener = count, data, listener
+        self._count, self._model, self._data, self._listener = count, model, data, listener
         self._portable = is_portable(data)
         context = mp.get_context("spawn")
         self._stop, self._ticks = context.Event(), context.Queue()
@@ -145,34 +94,55 @@ class Processes:
 
     def round(self, probes: Sequence[Probe], positions: Sequence[int], seconds: float) -> list[Part]:
         """As `Crew.round`, one part per worker; CalibrationError when one dies."""
-        before = len(self._data) - len(positions)
+        sweeps = sweeps_of(self._model, probes)
+        before = (len(self._data) - len(positions)) * len(sweeps)
+        meter = Meter("calibrating", len(self._data) * len(sweeps), self._listener, before)
         try:
-            if self._portable:
-                parts = shards(positions, self._count)
-                futures = [self._pool.submit(_own_samples, list(probes), part, seconds) for part in parts]
-                self._watch(futures, before)
-            else:
-                futures = [self._pool.submit(_fed_samples, list(probes)) for _ in range(self._count)]
-                self._feed(futures, positions, seconds, before)
-            return [part for part in (future.result() for future in futures) if part.positions]
+            if not self._portable:
+                return [self._handed_out(sweeps, positions, seconds, meter, before)]
+            parts = shards(positions, self._count)
+            futures = [self._pool.submit(_own_samples, list(probes), part, seconds) for part in parts]
+            self._watch(futures, meter, before)
+            return _seen(futures)
         except BrokenProcessPool:
             raise CalibrationError(_DIED) from None
 
-    def _watch(self, futures: Sequence[Future[Part]], before: int) -> None:
-        """Report progress until all are done; the first error ends the wait."""
-        done = before
+    def _handed_out(
+        self,
+        sweeps: Sequence[list[Probe]],
+        positions: Sequence[int],
+        seconds: float,
+        meter: Meter,
+        done: int,
+    ) -> Part:
+        """Hand the samples out once for every sweep; the first one decides how many ``seconds`` allow."""
+        stats: dict[Probe, Stats] = {}
+        for group in sweeps:
+            futures = [self._pool.submit(_fed_samples, group) for _ in range(self._count)]
+            done = self._feed(futures, positions, seconds, meter, done)
+            first, *others = _seen(futures)
+            for part in others:
+                for probe, stat in first.stats.items():
+                    stat.merge(part.stats[probe])
+            stats |= first.stats
+            positions = sorted(p for part in (first, *others) for p in part.positions)
+            seconds = float("inf")
+        return Part(list(positions), stats)
+
+    def _watch(self, futures: Sequence[Future[Part]], meter: Meter, done: int) -> int:
+        """Report progress until all are done; the first error ends the wait. Returns how many are done."""
         waiting = set(futures)
         while waiting:
             finished, waiting = wait(waiting, timeout=_TICK, return_when="FIRST_EXCEPTION")
             for future in finished:
                 future.result()
-            done = self._report(done)
-        self._report(done)
+            done = self._report(meter, done)
+        return self._report(meter, done)
 
-    def _report(self, done: int) -> int:
+    def _report(self, meter: Meter, done: int) -> int:
         ticks = self._drain()
-        if ticks and self._listener is not None:
-            self._listener(Progress("calibrating", done + ticks, len(self._data)))
+        if ticks:
+            meter.at(done + ticks)
         return done + ticks
 
     def _drain(self) -> int:
@@ -184,17 +154,22 @@ class Processes:
                 return ticks
 
     def _feed(
-        self, futures: Sequence[Future[Part]], positions: Sequence[int], seconds: float, before: int
-    ) -> None:
-        end, done = time.monotonic() + seconds, before
+        self,
+        futures: Sequence[Future[Part]],
+        positions: Sequence[int],
+        seconds: float,
+        meter: Meter,
+        done: int,
+    ) -> int:
+        end = time.monotonic() + seconds
         for position, sample in zip(positions, subset(self._data, positions), strict=True):
             self._hand((position, sample), futures)
-            done = self._report(done)
+            done = self._report(meter, done)
             if time.monotonic() >= end:
                 break
         for _ in futures:
             self._hand(None, futures)
-        self._watch(futures, done)
+        return self._watch(futures, meter, done)
 
     def _hand(self, item: tuple[int, Sample] | None, futures: Sequence[Future[Part]]) -> None:
         """Put one item before the workers, unless one of them has failed."""
@@ -209,6 +184,11 @@ class Processes:
                 continue
 
 
+def _seen(futures: Sequence[Future[Part]]) -> list[Part]:
+    """The parts of those that had samples."""
+    return [part for part in (future.result() for future in futures) if part.positions]
+
+
 @dataclass(frozen=True)
 class _Worker:
     """What a worker process holds between two tasks."""
@@ -221,9 +201,15 @@ class _Worker:
     ticks: Any
     fed: Any
 
-    def serve(self, probes: Sequence[Probe], data: Dataset) -> dict[Probe, Stats]:
+    def serve(self, probes: Sequence[Probe], data: Dataset, *, once: bool = False) -> dict[Probe, Stats]:
         return collect(
-            self.model, probes, data, device=self.device, options=self.options, listener=self._tick
+            self.model,
+            probes,
+            data,
+            device=self.device,
+            options=self.options,
+            listener=self._tick,
+            once=once,
         )
 
     def _tick(self, event: Progress) -> None:
@@ -263,7 +249,7 @@ def _fed_samples(probes: list[Probe]) -> Part:
     assert _worker is not None
     data = _Fed(_worker)
     # Without a sample there is nothing to serve: there are fewer of them than workers.
-    return Part(data.positions, _worker.serve(probes, data) if len(data) else {})
+    return Part(data.positions, _worker.serve(probes, data, once=True) if len(data) else {})
 
 
 class _Fed:

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from calib.model import Model
+from calib.progress import Listener, Progress
 from calib.provider import SessionOptions
 from calib.readers import subset
-from calib.runner import Listener, Progress, collect
+from calib.runner import collect
 from calib.types import Dataset, Probe, Sample, Stats
 
 __all__ = ["Collect", "Crew", "Here", "Part", "Slice", "Stopped"]
@@ -102,8 +103,10 @@ class Here:
         before, total = len(self.data) - len(positions), len(self.data)
 
         def report(event: Progress) -> None:
+            times = event.total // len(positions)  # a sample is run once for each sweep or block
+            done = before * times
             if self.listener is not None:
-                self.listener(replace(event, done=before + event.done, total=total))
+                self.listener(replace(event, done=done + event.done, total=total * times, before=done))
 
         return [
             part.part(

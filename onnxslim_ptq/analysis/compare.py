@@ -22,8 +22,9 @@ from onnx import NodeProto, TensorProto
 
 from calib.errors import CalibrationError, GraphError
 from calib.model import Model
+from calib.progress import Listener, Meter
 from calib.provider import Optimize, SessionOptions, create_session
-from calib.runner import Listener, Progress, run_session, tap
+from calib.runner import run_session, tap
 from calib.types import Array, Dataset, Feed
 from onnxslim_ptq.analysis.latency import Latency, measure_latency
 from onnxslim_ptq.analysis.metrics import OutputError, worst_sqnr
@@ -153,6 +154,7 @@ class _Run:
         self, data: Dataset, listener: Listener | None
     ) -> tuple[list[OutputError], list[LayerError], int]:
         errors, count = [OutputError(name) for name in self.outputs], 0
+        meter = Meter("comparing", len(data), listener)
         for sample, feed in data:
             expected = run_session(self.exact, self.outputs, feed, sample)
             seen = self.exchange.run(self.plain, self.outputs, feed, sample)
@@ -167,8 +169,7 @@ class _Run:
                     layer.cumulative.add(known[layer.tensor], values, str(sample))
             self.locals.add({**feed, **known}, known, sample)
             count += 1
-            if listener is not None:
-                listener(Progress("comparing", count, len(data)))
+            meter.at(count)
         if count == 0:
             raise CalibrationError("the data holds no samples; give at least one")
         return errors, self.layers, count

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -10,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 import yaml
 
-from calib.runner import Listener, Progress
+from calib.progress import Listener, Meter
 from calib.types import Sample
 from onnxslim_ptq.analysis.entries import Entry
 from onnxslim_ptq.analysis.switchboard import Switchboard
@@ -90,9 +89,8 @@ def rank_by_sqnr(
 
 def rank(entries: Sequence[T], one: Callable[[T], Ranked], listener: Listener | None) -> list[Ranked]:
     """What ``one`` makes of every entry, worst first."""
-    ranking, started = [], time.monotonic()
+    ranking, meter = [], Meter("ranking", len(entries), listener)
     for done, entry in enumerate(entries, 1):
         ranking.append(one(entry))
-        if listener is not None:
-            listener(Progress("ranking", done, len(entries), time.monotonic() - started))
+        meter.at(done)
     return sorted(ranking, key=lambda ranked: -ranked.score)

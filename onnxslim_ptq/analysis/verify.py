@@ -13,8 +13,9 @@ from calib.blocks.blockwise import run_blockwise
 from calib.blocks.spool import Spool
 from calib.errors import CalibrationError, GraphError
 from calib.model import Model
+from calib.progress import Listener, Meter
 from calib.provider import Optimize, SessionOptions
-from calib.runner import Listener, Progress, run_session
+from calib.runner import run_session
 from calib.types import Array, Dataset, Feed, Sample, SampleId
 from onnxslim_ptq.analysis.metrics import OutputError, worst_sqnr
 from onnxslim_ptq.errors import VerificationError
@@ -72,6 +73,7 @@ def verify(
     total, few_fast, few_plain = ([OutputError(n) for n in names] for _ in range(3))
     again: list[tuple[Sample, list[Array]]] = []
     exchange = Exchange.of(quantized)
+    meter = Meter("verifying", len(data), listener)
     exact, fast = _exact(_with_node_names(source), data, options, spool), None
     for count, (sample, feed, expected) in enumerate(exact, 1):
         fast = fast or _loaded(
@@ -83,8 +85,7 @@ def verify(
         if count <= _UNOPTIMIZED_SAMPLES:
             _add(few_fast, expected, answers, str(sample))
             again.append(((sample, feed), expected))
-        if listener is not None:
-            listener(Progress("verifying", count, len(data)))
+        meter.at(count)
     if first is None:
         raise CalibrationError("there is no sample to verify the result on; give at least one")
     del exact, fast  # the unoptimized session needs the room: it keeps every value of the graph

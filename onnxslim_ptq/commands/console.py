@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from calib.runner import Progress
+    from calib.progress import Progress
 
 __all__ = [
     "Bars",

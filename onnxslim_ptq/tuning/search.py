@@ -13,7 +13,7 @@ from typing import Any
 
 import onnx
 
-from calib.runner import Listener
+from calib.progress import Listener
 from onnxslim_ptq import __version__
 from onnxslim_ptq.analysis.goal import OWN, Goal
 from onnxslim_ptq.analysis.latency import measure_latency

@@ -8,8 +8,8 @@ import pytest
 from onnx import numpy_helper
 
 from calib.model import open_model
+from calib.progress import Progress
 from calib.readers import from_iterable
-from calib.runner import Progress
 from calib.types import Dataset
 from onnxslim_ptq.analysis import verify as module
 from onnxslim_ptq.analysis.verify import compare_outputs, verify

@@ -16,9 +16,10 @@ import pytest
 from calib.blocks.blockwise import collect_blockwise, run_blockwise
 from calib.errors import CalibrationError
 from calib.model import open_model
+from calib.progress import Progress
 from calib.provider import create_session
 from calib.readers import from_iterable
-from calib.runner import Progress, collect, tap
+from calib.runner import collect, tap
 from calib.stats import COLLECTORS, HistogramStats, MinMaxStats
 from calib.types import Dataset, Probe, SampleId
 from tests.calib.test_cut import CAPTURING

@@ -15,7 +15,7 @@ from calib.readers import ReadLimits, fingerprint, open_data, take
 from calib.readers.files import HowToRead
 from calib.readers.text import TextSettings
 from calib.types import Dataset, InputInfo
-from calib.workers.parallel import is_portable
+from calib.workers.luggage import is_portable
 
 tokenizers = pytest.importorskip("tokenizers")
 WORDS = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "one", "two", "three", "four", "five"]

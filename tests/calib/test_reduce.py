@@ -12,16 +12,17 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from calib.model import open_model
+from calib.progress import Progress
 from calib.provider import SessionOptions, create_session
 from calib.readers import from_iterable
-from calib.runner import Progress, collect, tap
+from calib.runner import collect, tap
 from calib.stats import COLLECTORS, HistogramStats, MeanStats, MinMaxStats
 from calib.stats.histogram import grid_step, sampled
 from calib.sweep.bounds import NAN_PASSES, Facts, Limits, Padded
 from calib.sweep.budget import split, state_bytes
 from calib.sweep.lanes import in_lanes, lanes_for, values_of
 from calib.sweep.reduce import Plan, make_plan
-from calib.types import Array, Dataset, Feed, Probe, Stats
+from calib.types import Array, Dataset, Feed, Probe, Sample, Stats
 
 C = 32
 SIZE = 64  # 32 x 64 x 64: large enough to be pooled
@@ -121,11 +122,26 @@ def test_large_limited_values_are_pooled_and_a_padded_one_is_its_source() -> Non
     assert [n.op_type for n in plan.nodes(17)].count("MaxPool") == 3
 
 
+class ReadOnce:
+    """Samples that cannot be asked for again."""
+
+    def __init__(self, data: Dataset) -> None:
+        self.samples, self.count = iter(list(data)), len(data)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Sample]:
+        return self.samples
+
+
+@pytest.mark.parametrize("once", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 0.001])
-def test_pooled_statistics_equal_those_of_whole_tensors(scale: float) -> None:
-    """With tiny inputs Clip never reaches 6: the sweep has to look again."""
+def test_pooled_statistics_equal_those_of_whole_tensors(scale: float, once: bool) -> None:
+    """With tiny inputs Clip never reaches 6: the sweep has to look again, at once where it cannot later."""
     proto, samples = network(), feeds(scale=scale)
-    found = collect(open_model(proto), probes(), data_of(proto, samples))
+    data = ReadOnce(data_of(proto, samples)) if once else data_of(proto, samples)
+    found = collect(open_model(proto), probes(), data, once=once)
     exact = directly(proto, probes(), samples)
     top = found[Probe("k2", "minmax")]
     assert isinstance(top, MinMaxStats)

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 
+import calib
 from calib import collect as exported
+from calib import gather as exported_gather
 from calib.errors import CalibrationError, DeviceError, GraphError
+from calib.gathering import gather
 from calib.model import open_model
+from calib.progress import Progress
 from calib.provider import SessionOptions
 from calib.readers import from_iterable
-from calib.runner import Progress, collect, run_model, run_session, tap
+from calib.runner import collect, run_model, run_session, tap
 from calib.stats import COLLECTORS, MinMaxStats
 from calib.types import Dataset, Feed, Probe, Sample, SampleId
 from tests.models import cnn, feeds_for, mlp, outputs_of
@@ -162,6 +167,8 @@ class TestCollect:
 
     def test_it_is_what_the_package_exports(self) -> None:
         assert exported is collect
+        assert exported_gather is gather
+        assert all(not isinstance(getattr(calib, name), ModuleType) for name in calib.__all__)
 
 
 class TestTap:

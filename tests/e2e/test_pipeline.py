@@ -14,7 +14,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from calib.runner import Progress
+from calib.progress import Progress
 from calib.types import Feed
 from onnxslim_ptq import quantize
 from onnxslim_ptq.errors import DeviceError, GraphError, RecipeError, VerificationError

@@ -12,9 +12,10 @@ from functools import partial
 from calib.blocks.blockwise import Blockwise, collect_blockwise, needs_blocks
 from calib.errors import CalibrationError
 from calib.model import Model
+from calib.progress import Listener
 from calib.provider import SessionOptions, require_device
 from calib.readers import fingerprint
-from calib.runner import Listener, collect
+from calib.runner import collect
 from calib.saved.identity import conditions
 from calib.saved.progress import Resume, SweepKey, SweepProgress
 from calib.types import Dataset, Probe, Stats

@@ -11,16 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from calib.blocks.blockwise import Blockwise
 from calib.errors import CalibrationError
-from calib.gather import WORKER_THREADS, Gathering, gather
+from calib.gathering import WORKER_THREADS, Gathering, gather
 from calib.model import Model, open_model
+from calib.progress import Progress
 from calib.provider import SessionOptions
 from calib.readers import from_iterable, open_data, split_held_out, subset, synthetic
-from calib.runner import Progress, collect
+from calib.runner import collect
 from calib.saved.progress import Resume
 from calib.types import Dataset, Probe, Sample, Stats
 from calib.workers import cluster
-from calib.workers.parallel import Processes, is_portable, shards, write_for_workers
+from calib.workers.luggage import is_portable, write_for_workers
+from calib.workers.parallel import Processes, shards
 from calib.workers.part import Slice
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,6 +119,21 @@ class TestWorkers:
         assert_same(gather(model, probes, fed, how=Gathering(2)), plain)
         assert fed.read_count == len(data)
 
+    @pytest.mark.parametrize("resume", [False, True])
+    def test_of_samples_in_this_process_in_several_sweeps(
+        self, resume: bool, model: Model, data: Dataset, tmp_path: Path
+    ) -> None:
+        """Every sweep gets the samples, and progress tells of all sweeps."""
+        large = (("rows", 1e9),)  # counts as more than one sweep may hold
+        several = [Probe("image", "rows", options=large), Probe("logits", "rows", options=large)]
+        several.append(Probe("logits", "minmax"))
+        events: list[Progress] = []
+        how = Gathering(2, resume=Resume(tmp_path, data="known", every=60) if resume else None)
+        found = gather(model, several, InMemory(data), how=how, listener=events.append)
+        assert_same(found, collect(model, several, data, options=ONE_THREAD))
+        assert events[-1] == Progress("calibrating", 3 * len(data), 3 * len(data))
+        assert events[-1].rate is not None
+
     def test_more_workers_than_samples(self, model: Model, probes: list[Probe], data: Dataset) -> None:
         two = subset(data, [3, 5])
         expected = collect(model, probes, two, options=ONE_THREAD)
@@ -171,6 +189,31 @@ class TestWorkers:
         assert shards([1, 2, 5, 7, 8], 2) == [[1, 2, 5], [7, 8]]
         assert shards([1], 4) == [[1]]
         assert shards([], 4) == [[]]
+
+
+class TestProgress:
+    def test_of_several_sweeps_in_one_process(self, model: Model, data: Dataset) -> None:
+        large = (("rows", 1e9),)
+        several = [Probe(name, "rows", options=large) for name in ("image", "logits")]
+        events: list[Progress] = []
+        gather(model, several, data, listener=events.append)
+        assert [e.done for e in events] == list(range(1, 2 * len(data) + 1))
+        assert {e.total for e in events} == {2 * len(data)}
+
+    def test_of_blocks(self, model: Model, data: Dataset) -> None:
+        events: list[Progress] = []
+        how = Gathering(blockwise=Blockwise(1 << 20))
+        gather(model, [Probe("logits", "minmax")], data, how=how, listener=events.append)
+        assert events[-1].done == events[-1].total >= len(data)
+        assert events[-1].rate is not None
+
+    def test_the_rate_is_that_of_what_was_run_now(self, model: Model, data: Dataset, tmp_path: Path) -> None:
+        some = subset(data, range(12))
+        events: list[Progress] = []
+        how = Gathering(resume=Resume(tmp_path, data="known", every=0))  # a round for each sample
+        gather(model, [Probe("logits", "minmax")], some, how=how, listener=events.append)
+        assert [(e.done, e.before) for e in events] == [(n + 1, n) for n in range(12)]
+        assert all(e.rate == pytest.approx(1 / e.seconds) for e in events)
 
 
 class TestSlice:
@@ -270,8 +313,6 @@ class TestResume:
 
 class TestBlockwise:
     def test_equals_the_whole(self, model: Model, probes: list[Probe], data: Dataset, tmp_path: Path) -> None:
-        from calib.blocks.blockwise import Blockwise
-
         some = subset(data, range(8))
         how = Gathering(blockwise=Blockwise(1 << 20), resume=Resume(tmp_path, every=0))
         found = gather(model, probes, some, options=ONE_THREAD, how=how)
@@ -281,8 +322,6 @@ class TestBlockwise:
                     np.testing.assert_allclose(found[probe].state()[name], stat.state()[name], rtol=1e-6)
 
     def test_not_with_workers(self, model: Model, data: Dataset) -> None:
-        from calib.blocks.blockwise import Blockwise
-
         with pytest.raises(CalibrationError, match="block-wise calibration runs in one process"):
             gather(model, [Probe("logits", "minmax")], data, how=Gathering(2, blockwise=Blockwise()))
 
@@ -309,7 +348,7 @@ class TestRay:
             [sys.executable, "-c", RAY_SCRIPT, str(DIGITS)], capture_output=True, text=True, cwd=ROOT
         )
         assert done.returncode == 0, done.stderr
-        assert done.stdout.split() == ["same", "needs-files", "bad-sample", "no-cluster"], done.stdout
+        assert done.stdout.split() == ["same", "told", "needs-files", "bad-sample", "no-cluster"], done.stdout
 
 
 RAY_SCRIPT = """
@@ -317,7 +356,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from calib.errors import CalibrationError
-from calib.gather import Gathering, gather
+from calib.gathering import Gathering, gather
 from calib.model import open_model
 from calib.provider import SessionOptions
 from calib.readers import from_iterable, open_data
@@ -329,9 +368,11 @@ model = open_model(digits / "digits.onnx")
 data = open_data([digits / "calib"], model.inputs())
 probes = [Probe("logits", k) for k in ("histogram", "minmax", "series")]
 plain = collect(model, probes, data, options=SessionOptions(threads=1))
-found = gather(model, probes, data, how=Gathering(2, "local"))
+events = []
+found = gather(model, probes, data, how=Gathering(2, "local"), listener=events.append)
 same = all(a.tobytes() == found[p].state()[n].tobytes() for p, s in plain.items() for n, a in s.state().items())
 print("same" if same else "different")
+print("told" if events and events[-1].done <= events[-1].total == len(data) and events[-1].rate else events)
 try:
     gather(model, probes, from_iterable(lambda: iter(data), model.inputs()), how=Gathering(2, "local"))
 except CalibrationError as error:
