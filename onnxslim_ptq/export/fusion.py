@@ -49,7 +49,7 @@ _LOOKED_THROUGH = frozenset(
     }
 )
 
-_INTEGER = (TensorProto.INT8, TensorProto.UINT8)
+_INTEGER = (TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4)
 # Operators between DequantizeLinear and QuantizeLinear that ONNX Runtime's CPU provider has an integer kernel for.
 _INTEGER_KERNELS = frozenset(
     {
@@ -70,7 +70,7 @@ _INTEGER_KERNELS = frozenset(
 
 
 def unfused_weights(model: Model, spool: Spool | None = None) -> set[str]:
-    """Names of 8-bit initializers that a DequantizeLinear still reads after ONNX Runtime's optimizations.
+    """Names of 8-bit and 4-bit initializers that a DequantizeLinear still reads after ONNX Runtime's optimizations.
 
     Such a weight is turned back into float at every run: 12 to 17 times slower than the float layer at one token.
     """

@@ -101,8 +101,11 @@ class TestWeightOnly:
         assert document["model_quant_type"] == "W4A16"
         assert document["activations"] == {}
 
-    def test_a_gemm_that_would_be_dequantized_at_every_run_stays_float(self, tmp_path: Path) -> None:
-        result = quantized(model(ROWS), uneven(ROWS), recipe="w8a16")
+    @pytest.mark.parametrize("recipe", ["w8a16", "w4a16-g32"])
+    def test_a_gemm_that_would_be_dequantized_at_every_run_stays_float(
+        self, recipe: str, tmp_path: Path
+    ) -> None:
+        result = quantized(model(ROWS), uneven(ROWS), recipe=recipe)
         ops = operators(result.model, tmp_path)
         assert "DequantizeLinear" not in ops
         assert "DequantizeLinear" in [n.op_type for n in result.model.graph.node]
