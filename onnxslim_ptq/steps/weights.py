@@ -69,15 +69,13 @@ def start_numbers(
 ) -> tuple[QParams, tuple[int, int]]:
     """Numbers that cover the weight's extremes, and the lowest and highest code it may use.
 
-    Symmetric int8: scale = max|w| / 127, codes -127..127 (64 with ``reduce_range``); smaller types, and a spec of full
-    range without ``reduce_range``, use all codes.
+    Symmetric int8: scale = max|w| / 127, codes -127..127 (64 with ``reduce_range``); asymmetric and smaller types, and
+    a spec of full range without ``reduce_range``, use all codes.
     """
-    limited = spec.dtype is INT8 and (reduce_range or not spec.full_range)
+    limited = spec.dtype is INT8 and spec.symmetric and (reduce_range or not spec.full_range)
     largest = _LARGEST_MAGNITUDE[reduce_range] if limited else None
     params = params_from_range(grain_range(weight, spec.grain), spec, codes=largest)
-    if largest is not None and spec.symmetric:
-        return params, (-largest, largest)
-    return params, (spec.dtype.lowest, spec.dtype.highest)
+    return params, (spec.dtype.lowest, spec.dtype.highest) if largest is None else (-largest, largest)
 
 
 def mean_probe(layer: Linear) -> Probe:

@@ -110,6 +110,21 @@ class TestWeightOnly:
         assert "DequantizeLinear" not in ops
         assert "DequantizeLinear" in [n.op_type for n in result.model.graph.node]
 
+    @pytest.mark.parametrize("reduce_range", ["off", "on"])
+    @pytest.mark.parametrize("dtype", ["int8", "uint4"])
+    def test_asymmetric_weights_use_all_codes(self, dtype: str, reduce_range: str) -> None:
+        """s = (max w - min w) / (codes - 1) per output channel, both with 0 among them."""
+        step = {"type": "quantize", "weight": {"dtype": dtype, "symmetric": False}, "act": None}
+        recipe = {"target": "generic", "steps": [step]}
+        result = quantized(model(), uneven(), recipe=recipe, reduce_range=reduce_range)
+        found = {codes.name: codes for codes in result.plan.weight_codes.values()}
+        steps = {"int8": 255, "uint4": 15}[dtype]
+        for name in ("w1", "w2"):  # [in, out]
+            low, high = (np.minimum(WEIGHTS[name].min(axis=0), 0), np.maximum(WEIGHTS[name].max(axis=0), 0))
+            wanted = ((high.astype(np.float64) - low) / steps).astype(np.float32)
+            np.testing.assert_array_equal(found[name].params.scale.astype(np.float32), wanted)
+            assert (np.ptp(found[name].codes.astype(int), axis=0) >= steps - 1).all()
+
     def test_float16(self) -> None:
         half = {k: v.astype(np.float16) for k, v in WEIGHTS.items()}
         body = "g (float16[N,T,64] x) => (float16[N,T,128] y) { [up] h = MatMul (x, w1) [b] y = Add (h, b1) }"
