@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -108,6 +109,11 @@ def open_model(source: str | Path | onnx.ModelProto) -> Model:
     if isinstance(source, onnx.ModelProto):
         opened = _Opened(_without_raw_data(source), source=source)
         return opened.model(None, source.ByteSize())
+    if not isinstance(source, str | os.PathLike):
+        raise GraphError(
+            f"model: expected the path of an .onnx file or an onnx.ModelProto, got {type(source).__name__}; "
+            "export a model of another framework first"
+        )
     path = Path(source)
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"

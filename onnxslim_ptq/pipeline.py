@@ -26,7 +26,7 @@ from onnxslim_ptq.graph.opset import PER_CHANNEL_OPSET, raise_opset
 from onnxslim_ptq.graph.optimize import optimize
 from onnxslim_ptq.graph.precision import already_quantized
 from onnxslim_ptq.job import Job
-from onnxslim_ptq.resolution import choice_of, named_layers, original_name, resolve
+from onnxslim_ptq.resolution import choice_of, named_layers, resolve, unquantizable
 from onnxslim_ptq.steps import attention, kv_cache, quantize
 from onnxslim_ptq.steps.fusing import dry_placement, leave_float, unfused_layers
 from onnxslim_ptq.steps.placement import Placement, place
@@ -105,7 +105,7 @@ def _make_plan(job: Job) -> Planned:
         _require_layers(job, placement.layers, {**skipped, **placement.skipped})
     smoothing = _smoothing(job, notes)
     layers, placement, smoothed = run_smoothing(workspace, smoothing, named, layers, placement)
-    notes += smoothing_notes(smoothed)
+    notes += smoothing_notes(smoothing, smoothed)
     entering = attention.chosen(graph, job.recipe.attentions, job.target)
     others = [*kv_cache.probes(caches), *attention.probes(entering)]
     workspace.collect([*quantize.probes(workspace, placement), *others])  # in one sweep
@@ -196,9 +196,7 @@ def choices(
 ) -> tuple[dict[str, tuple[Linear, LayerChoice]], dict[str, str]]:
     """What the recipe says of each layer it quantizes, and why the others stay float; ``named``: `named_layers`."""
     linears, reasons = find_linears(graph)
-    given = {n.name for n in job.source.proto.graph.node}
-    others = [Layer(name, graph.node(name).op, original=original_name(name, given)) for name in reasons]
-    resolution = resolve(job.recipe, list(named.values()), others)
+    resolution = resolve(job.recipe, list(named.values()), unquantizable(job.source, graph, reasons))
     chosen = {
         lin.node: (lin, choice_of(resolution.configs[lin.node], job.target))
         for lin in linears

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,15 @@ from onnxslim_ptq.recipes.forms import has_kernel
 from onnxslim_ptq.steps.attention import AttentionStep
 from onnxslim_ptq.steps.kv_cache import KvCacheStep
 
-__all__ = ["LayerConfig", "Resolution", "choice_of", "named_layers", "original_name", "resolve"]
+__all__ = [
+    "LayerConfig",
+    "Resolution",
+    "choice_of",
+    "named_layers",
+    "original_name",
+    "resolve",
+    "unquantizable",
+]
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,12 @@ def resolve(recipe: Recipe, layers: Sequence[Layer], others: Sequence[Layer] = (
         else:
             resolution.skipped[layer.node] = reason
     return resolution
+
+
+def unquantizable(source: Model, graph: Graph, reasons: Iterable[str]) -> list[Layer]:
+    """What patterns see of the nodes that look like layers and are none (``reasons`` by node)."""
+    given = {n.name for n in source.proto.graph.node}
+    return [Layer(name, graph.node(name).op, original=original_name(name, given)) for name in reasons]
 
 
 def named_layers(source: Model, recipe: Recipe, graph: Graph) -> dict[str, Layer]:

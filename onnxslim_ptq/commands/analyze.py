@@ -11,6 +11,7 @@ from onnxslim_ptq.commands import options as opt
 from onnxslim_ptq.commands.console import Bars, columns, db, emit_json, program, say, warn
 from onnxslim_ptq.commands.given import asked_by
 from onnxslim_ptq.commands.preflight import require_samples
+from onnxslim_ptq.commands.session import with_session
 
 if TYPE_CHECKING:
     from onnxslim_ptq.sensitivity import Analysis
@@ -56,7 +57,7 @@ def analyze(
     json: opt.Json = False,
 ) -> None:
     """Rank layers by what they cost when quantized, worst first, with the lines that leave the worst float."""
-    given = dict(locals())
+    given = with_session(dict(locals()))
     from onnxslim_ptq.sensitivity import analyze_as
 
     require_samples(stacked, calib)

@@ -12,6 +12,7 @@ import typer
 from onnxslim_ptq.commands import options as opt
 from onnxslim_ptq.commands.console import Bars, emit_json, program, say, size, warn
 from onnxslim_ptq.commands.given import asked_by
+from onnxslim_ptq.commands.session import with_session
 
 if TYPE_CHECKING:
     from calib.saved.store import Statistics
@@ -63,7 +64,7 @@ def calibrate(
     verbose: opt.Verbose = False,
 ) -> None:
     """Gather the statistics that quantize needs with the same options, and save them: quantize --stats STATS."""
-    given = {**locals(), "hold_out": not no_hold_out}
+    given = with_session({**locals(), "hold_out": not no_hold_out})
     from calib.saved.container import require_place
     from onnxslim_ptq.calibration import calibrate_as
     from onnxslim_ptq.export.check import source_files

@@ -27,9 +27,16 @@ def with_session(given: dict[str, Any]) -> dict[str, Any]:
         return given
     from calib.model import open_model
 
-    session = read_session(given["recipe"])
-    require_complete(session, bool(given["calib"] or given["stats"]))
-    recipe: Recipe = recipe_of(session, open_model(given["model"]), target=given["target"] or "cpu")
+    session, file = read_session(given["recipe"])
+    require_complete(session, bool(given["calib"] or given.get("stats")))
+    recipe: Recipe = recipe_of(
+        session,
+        open_model(given["model"]),
+        target=given["target"] or "cpu",
+        names=file.names,
+        disable_last_linear=file.disable_last_linear,
+        quantize_conv=file.quantize_conv,
+    )
     device = given["device"] if given["device"] != "cpu" else session.device
     return {**given, "recipe": recipe, "device": device, "save": session.processor_cfg_map.get("save")}
 

@@ -16,6 +16,7 @@ from onnxslim_ptq.commands import options as opt
 from onnxslim_ptq.commands.console import Bars, columns, db, emit_json, program, say, warn
 from onnxslim_ptq.commands.given import asked_by
 from onnxslim_ptq.commands.preflight import require_place, require_samples
+from onnxslim_ptq.commands.session import with_session
 from onnxslim_ptq.errors import QuantizationError
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def tune(
 
     Exit code 5 when the goal was missed: the best result is then in OUT.best.
     """
-    given = dict(locals())
+    given = with_session(dict(locals()))
     import yaml
 
     from onnxslim_ptq.analysis.goal import Goal
@@ -102,7 +103,7 @@ def tune(
     wanted = Goal.parse(goal)
     asked = asked_by(given)
     own = load_evaluator(evaluator) if evaluator else None
-    require_place(model, out, device, Recipe.load(asked.recipe).quant_type)
+    require_place(model, out, asked.device, Recipe.load(asked.recipe).quant_type)
     trials = history or out.with_name(f"{out.name}.tune.jsonl")
     with Bars(json) as bars:
         asked = replace(asked, listener=bars)

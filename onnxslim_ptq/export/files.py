@@ -102,7 +102,8 @@ class AtomicFiles:
         self._hidden: Path | None = None
 
     def __enter__(self) -> AtomicFiles:
-        """Make the hidden folder; raises GraphError when a destination is an input, a folder, or not writable."""
+        """Make the hidden folder; raises GraphError when a destination is an input, a folder, two files' or not
+        writable."""
         parent = self.paths.model.parent
         try:
             with _explained(parent):
@@ -175,7 +176,11 @@ def _move(pairs: list[tuple[Path, Path]]) -> None:
 
 
 def _refuse_inputs(paths: OutputPaths, protected: list[Path]) -> None:
-    for path in paths.in_order():
+    every = paths.in_order()
+    twice = next((path for path in every if every.count(path) > 1), None)
+    if twice is not None:
+        raise GraphError(f"two files of the result would be called '{twice.name}'; rename one of them")
+    for path in every:
         if path.is_dir():
             raise GraphError(f"output '{path}' is a folder; choose another OUT or remove the folder")
         source = next((p for p in protected if path.exists() and p.exists() and path.samefile(p)), None)

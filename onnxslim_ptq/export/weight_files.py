@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,8 +148,11 @@ def _dumping(document: Any) -> Write:
 
 def _zipping(arrays: Mapping[str, Array]) -> Write:
     def write(path: Path) -> None:
-        with create(path) as file:
-            np.savez(file, **{name: arrays[name] for name in sorted(arrays)})  # type: ignore[arg-type]
+        # numpy.savez would take no layer called "file".
+        with create(path) as file, zipfile.ZipFile(file, "w") as archive:
+            for name in sorted(arrays):
+                with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as entry:
+                    np.lib.format.write_array(entry, arrays[name], allow_pickle=False)
         os.chmod(path, _SECRET_JSON)
 
     return write

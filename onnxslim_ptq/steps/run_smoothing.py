@@ -16,6 +16,7 @@ from onnxslim_ptq.workspace import Workspace
 
 __all__ = ["run_smoothing", "smoothing_notes"]
 
+_CHOOSING = frozenset({"auto_smooth", "split_outliers"})  # to do nothing may be their choice
 Layers = dict[str, tuple[Linear, LayerChoice]]
 
 
@@ -55,13 +56,23 @@ def _placed(workspace: Workspace, layers: Layers, before: Placement, *, same: bo
     return place(workspace.graph, layers, workspace.target, before.output_q, before.skipped)
 
 
-def smoothing_notes(done: Sequence[Smoothed]) -> list[str]:
-    """One line per step: how many groups of which kind it scaled."""
+def smoothing_notes(steps: Sequence[SmoothingConfig], done: Sequence[Smoothed]) -> list[str]:
+    """One line per step: how many groups of which kind it scaled, or that there was none to scale."""
     lines = []
-    for step in dict.fromkeys(found.step for found in done):
-        kinds = Counter(found.kind for found in done if found.step == step)
-        groups = ", ".join(f"{n} {kind}" for kind, n in kinds.items()) + " groups"
-        split = sum(len(found.channels) for found in done if found.step == step)
-        took = f"took {split} channel{'s' if split > 1 else ''} out of"
-        lines.append(f"{step} {took if split else 'scaled'} {groups}")
+    for step in dict.fromkeys(config.type for config in steps):
+        found = [smoothed for smoothed in done if smoothed.step == step]
+        if found:
+            lines.append(_scaled(step, found))
+        elif step not in _CHOOSING:
+            lines.append(
+                f"{step} scaled nothing: no group of quantized layers suits it; see inspect --groups"
+            )
     return lines
+
+
+def _scaled(step: str, done: Sequence[Smoothed]) -> str:
+    kinds = Counter(found.kind for found in done)
+    groups = ", ".join(f"{n} {kind}" for kind, n in kinds.items()) + " groups"
+    split = sum(len(found.channels) for found in done)
+    took = f"took {split} channel{'s' if split > 1 else ''} out of"
+    return f"{step} {took if split else 'scaled'} {groups}"

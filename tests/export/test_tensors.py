@@ -21,7 +21,8 @@ from onnxslim_ptq.errors import GraphError
 from onnxslim_ptq.export.files import write_model
 from onnxslim_ptq.export.read_weights import read_weight_files
 from onnxslim_ptq.export.rebuild import rebuild
-from onnxslim_ptq.export.weight_files import WeightFiles
+from onnxslim_ptq.export.tensors import TensorSet
+from onnxslim_ptq.export.weight_files import WeightFiles, files_of
 from tests.models import outputs_of, parse, quantized, session_of, sqnr_of, weights_of
 
 WEIGHTS = weights_of(7, w1=(64, 128), b1=(128,), w2=(128, 64), w3=(32, 64), b3=(32,), g=(64,), n=(64,))
@@ -193,6 +194,17 @@ def test_save_types(tmp_path: Path) -> None:
     }  # fmt: skip
     with np.load(tmp_path / "np" / "quant_weight.npz", allow_pickle=False) as arrays:
         assert set(arrays) == set(LAYERS)
+
+
+def test_a_layer_called_file(tmp_path: Path) -> None:
+    """numpy.savez takes its target under that name."""
+    made = TensorSet("W8A8")
+    for part in ("weight", "weight_scale"):
+        made.add(f"file.{part}", np.ones((2, 2), np.int8), "W8A8")
+    for name, write in files_of(made, WeightFiles(("numpy",))).items():
+        write(tmp_path / name)
+    with np.load(tmp_path / "quant_weight.npz", allow_pickle=False) as arrays:
+        np.testing.assert_array_equal(arrays["file"], np.ones((2, 2)))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from onnxslim_ptq.cli import main
-from onnxslim_ptq.errors import RecipeError
+from onnxslim_ptq.errors import GraphError, RecipeError
 from onnxslim_ptq.frontends.session import (
     FA3ProcessorConfig,
     M3ProcessorConfig,
@@ -334,8 +334,27 @@ class TestLimits:
             quant_model(model(), config)
 
     def test_a_name_that_matches_nothing(self) -> None:
-        with pytest.raises(RecipeError, match=r"pattern 'b\.0\.to_x' matches no layer; nearest: "):
+        with pytest.raises(
+            RecipeError, match=r"disable_names: 'b\.0\.to_x' matches no layer; nearest: 'b\.0"
+        ):
             quant_model(model(), session(w8a8=static("b.0.to_x")))
+
+    @pytest.mark.parametrize("given", [{"w8a8": static()}, None])
+    def test_a_session_that_is_none(self, given: Any) -> None:
+        with pytest.raises(RecipeError, match="session_cfg: expected a SessionConfig, got "):
+            quant_model(model(), given)
+
+    def test_a_model_of_another_framework(self) -> None:
+        with pytest.raises(
+            GraphError, match=r"model: expected the path of an \.onnx file or .*, got object; export"
+        ):
+            quant_model(object(), session(w8a8=static()))  # type: ignore[arg-type]
+
+    def test_two_files_of_one_name(self, tmp_path: Path) -> None:
+        save = SaveProcessorConfig(output_path=str(tmp_path / "out"), json_name="model_w8a8.json")
+        with pytest.raises(GraphError, match=r"two files of the result would be called 'model_w8a8\.json'"):
+            quant_model(model(), session(w8a8=static(), save=save))
+        assert not (tmp_path / "out").exists()
 
 
 class TestFile:
@@ -356,6 +375,24 @@ class TestFile:
         assert [step["type"] for step in document["recipe"]["steps"]] == ["iter_smooth", "quantize"]
         assert not (tmp_path / "ignored").exists()
 
+    def test_what_the_script_says_beside_the_session(self, tmp_path: Path) -> None:
+        """Arguments of quant_model are keys of the file; calibrate takes the same file."""
+        onnx.save(model(), tmp_path / "m.onnx")
+        np.savez(tmp_path / "calib.npz", image=samples()[0][0])
+        (tmp_path / "session.yaml").write_text(
+            "processor_cfg_map: {w8a8: {cfg: {}, disable_names: [decoder]}}\n"
+            "names: {MatMul_q_0: decoder}\ndisable_last_linear: false\nquantize_conv: true\n"
+        )
+        given = [str(tmp_path / "m.onnx"), "--calib", str(tmp_path / "calib.npz")]
+        recipe = ["--recipe", str(tmp_path / "session.yaml"), "-q"]
+        assert main(["calibrate", *given, str(tmp_path / "stats"), *recipe]) == 0
+        assert main([*given, str(tmp_path / "a.onnx"), *recipe]) == 0
+        known = [given[0], "--stats", str(tmp_path / "stats")]
+        assert main([*known, str(tmp_path / "b.onnx"), *recipe]) == 0
+        assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+        skipped = json.loads((tmp_path / "a.json").read_text())["skipped"]
+        assert {"MatMul_q_0"} == {name for name, why in skipped.items() if "excluded" in why}
+
     @pytest.mark.parametrize(
         ("text", "says"),
         [
@@ -365,8 +402,24 @@ class TestFile:
                 "cfg: W8A8QuantConfig: act: unknown field; accepted: act_method",
             ),
             ("processor_cfg_map: {w9: {}}", "processor 'w9' is unknown"),
-            ("processor_cfg_map: 3", "processor_cfg_map: expected a mapping of processors"),
-            ("processor_cfg_map: {}\ncalib: 3", "calib: unknown key; a session file holds"),
+            (
+                "processor_cfg_map: 3",
+                "s.yaml: SessionFile: processor_cfg_map: input should be a valid dictionary",
+            ),
+            (
+                "processor_cfg_map: {}\ncalib: 3",
+                "SessionFile: calib: unknown field; accepted: processor_cfg_map, ",
+            ),
+            ("processor_cfg_map: {m4: {1: 2}}", "processor_cfg_map.m4: M4ProcessorConfig: 1: unknown field"),
+            ("processor_cfg_map: {m6: {cfg: {1: 2}}}", "processor_cfg_map.m6: M6ProcessorConfig: cfg"),
+            (
+                "processor_cfg_map: {}\nquantize_conv: 3",
+                "SessionFile: quantize_conv: input should be a valid boolean",
+            ),
+            (
+                "processor_cfg_map: {w8a8_dynamic: {cfg: {}, disable_names: [b.0.to_x]}}",
+                "disable_names: 'b.0.to_x' matches no layer; nearest: 'b.0.to_",
+            ),
             ("processor_cfg_map: {m4: {}}", "holds only m4"),
         ],
     )

@@ -81,6 +81,14 @@ class TestGroups:
         notes = [n for n in result.notes if "scaled" in n]
         assert notes == ["smoothquant scaled 1 norm-linear groups"]
 
+    def test_a_step_that_finds_nothing_says_so(self) -> None:
+        recipe = {
+            "steps": [{"type": "awq", "groups": ["conv-conv"]}, {"type": "smoothquant"}, {"type": "quantize"}]
+        }
+        notes = quantize(llama_block(), recipe, llama_feeds(4)).notes
+        assert "awq scaled nothing: no group of quantized layers suits it; see inspect --groups" in notes
+        assert not any(note.startswith("smoothquant scaled nothing") for note in notes)
+
 
 class TestMainJob:
     def test_outliers(self) -> None:

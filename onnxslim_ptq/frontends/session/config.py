@@ -30,6 +30,7 @@ __all__ = [
     "M6ProcessorConfig",
     "SaveProcessorConfig",
     "SessionConfig",
+    "SessionFile",
     "W8A8DynamicProcessorConfig",
     "W8A8DynamicQuantConfig",
     "W8A8ProcessorConfig",
@@ -190,6 +191,16 @@ PROCESSORS: dict[str, type[_Config]] = {
     "fa3": FA3ProcessorConfig,
     "save": SaveProcessorConfig,
 }
+
+
+class SessionFile(_Config):
+    """What a session file holds beside the fields of `SessionConfig`: arguments of `quant_model`."""
+
+    processor_cfg_map: dict[str, dict[str, Any] | None]
+    device: Literal["cpu", "npu"] = "cpu"
+    names: dict[str, str] = Field(default_factory=dict)
+    disable_last_linear: Annotated[bool, Field(strict=True)] = True
+    quantize_conv: Annotated[bool, Field(strict=True)] = False
 
 
 class SessionConfig(_Config):

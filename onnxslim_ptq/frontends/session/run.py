@@ -13,6 +13,7 @@ from calib.errors import CalibrationError
 from calib.model import open_model
 from calib.types import Array
 from onnxslim_ptq.api import Result, quantize
+from onnxslim_ptq.errors import RecipeError
 from onnxslim_ptq.frontends.session.config import SaveProcessorConfig, SessionConfig
 from onnxslim_ptq.frontends.session.translate import recipe_of, require_complete, weight_files
 
@@ -36,6 +37,8 @@ def quant_model(
     module names; ``shapes`` are those of inputs with dynamic dimensions when there is no data. Raises RecipeError
     naming the field, and what `onnxslim_ptq.quantize` raises.
     """
+    if not isinstance(session_cfg, SessionConfig):
+        raise RecipeError(f"session_cfg: expected a SessionConfig, got {type(session_cfg).__name__}")
     require_complete(session_cfg, bool(session_cfg.calib_data))
     save = session_cfg.processor_cfg_map.get("save")
     files = weight_files(save) if isinstance(save, SaveProcessorConfig) else None

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
 from calib.model import Model
 from onnxslim_ptq import recipes
 from onnxslim_ptq.core.choice import AddedBias
+from onnxslim_ptq.core.match import Pattern, literal, nearest
 from onnxslim_ptq.errors import RecipeError
 from onnxslim_ptq.export.weight_files import WeightFiles
 from onnxslim_ptq.frontends.session.config import (
@@ -20,6 +22,7 @@ from onnxslim_ptq.frontends.session.config import (
     M6ProcessorConfig,
     SaveProcessorConfig,
     SessionConfig,
+    SessionFile,
     W8A8DynamicProcessorConfig,
     W8A8ProcessorConfig,
     W8A8TimeStepProcessorConfig,
@@ -29,6 +32,7 @@ from onnxslim_ptq.graph.linears import find_linears
 from onnxslim_ptq.graph.opset import PER_CHANNEL_OPSET, raise_opset
 from onnxslim_ptq.graph.optimize import optimize
 from onnxslim_ptq.recipe import Recipe
+from onnxslim_ptq.resolution import named_layers, unquantizable
 
 __all__ = ["is_session_file", "read_session", "recipe_of", "require_complete", "weight_files"]
 
@@ -37,6 +41,7 @@ _SCHEMES = ("w8a8", "w8a8_dynamic", "w8a8_timestep")
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
 _GIGABYTE = 1024**3
 _KEY = "processor_cfg_map"
+Made = TypeVar("Made", bound=BaseModel)
 _Scheme = W8A8ProcessorConfig | W8A8DynamicProcessorConfig | W8A8TimeStepProcessorConfig
 
 
@@ -58,7 +63,7 @@ def require_complete(session: SessionConfig, has_data: bool) -> None:
     needing = [name for name in (*smoothing, *schemes, "fa3") if name in given and name != "w8a8_dynamic"]
     if needing:
         raise RecipeError(
-            f"calib_data: '{needing[0]}' needs calibration samples; give a list of them, "
+            f"calib_data: '{needing[0]}' needs calibration samples; give a list of them (on the command line --calib), "
             "or use w8a8_dynamic alone, which needs none"
         )
 
@@ -76,14 +81,16 @@ def recipe_of(
     given = session.processor_cfg_map
     scheme = next(given[name] for name in given if name in _SCHEMES)
     assert isinstance(scheme, _Scheme)
-    last = [_last_linear(model)] if disable_last_linear else []
+    graph = Graph(raise_opset(model, PER_CHANNEL_OPSET))
+    optimize(graph)
+    last = [literal(name) for name in _last_linear(graph)] if disable_last_linear else []
     ops = {node.op_type for node in model.proto.graph.node}
     convolutions = [] if quantize_conv else [f"op:{op}" for op in _CONVOLUTIONS if op in ops]
     disabled = list(scheme.disable_names)
     steps = [_smoothing(name, given[name], disabled) for name in given if name in _SMOOTHING]
     quantize = {
         "type": "quantize",
-        "exclude": list(dict.fromkeys([*disabled, *convolutions, *(name for name in last if name)])),
+        "exclude": list(dict.fromkeys([*disabled, *convolutions, *last])),
         "rounder": {"type": "rtn"},
         "weight": {"dtype": "int8", "per": "channel", "symmetric": True},
         "act": _activation(scheme),
@@ -95,7 +102,20 @@ def recipe_of(
         )  # an NPU adds quant_bias, which is whole, to its accumulators
     attention = [{"type": "attention"}] if isinstance(given.get("fa3"), FA3ProcessorConfig) else []
     whole = [*steps, quantize, *attention]
-    return Recipe.load({"target": target, "names": dict(names or {}), "steps": whole})
+    recipe = Recipe.load({"target": target, "names": dict(names or {}), "steps": whole})
+    _require_known(disabled, model, recipe, graph)
+    return recipe
+
+
+def _require_known(disabled: Sequence[str], model: Model, recipe: Recipe, graph: Graph) -> None:
+    """RecipeError for a layer to be left float that is not there; it suggests names of modules."""
+    layers = named_layers(model, recipe, graph).values()
+    others = unquantizable(model, graph, find_linears(graph)[1])
+    for name in disabled:
+        pattern = Pattern.parse(name)
+        if not pattern.may_miss and not any(map(pattern.matches, (*layers, *others))):
+            modules = [replace(layer, node=layer.module or layer.node) for layer in layers]
+            raise RecipeError(f"disable_names: '{name}' matches no layer; {nearest(pattern, modules)}")
 
 
 def _activation(scheme: _Scheme) -> dict[str, Any]:
@@ -119,12 +139,9 @@ def _smoothing(name: str, config: BaseModel, disabled: list[str]) -> dict[str, A
     return {"type": "flex_smooth", **both, "groups": groups, "exclude": disabled}
 
 
-def _last_linear(model: Model) -> str:
+def _last_linear(graph: Graph) -> list[str]:
     """The last MatMul or Gemm with a weight, by node name, as msModelSlim leaves it float; empty when there is none."""
-    graph = Graph(raise_opset(model, PER_CHANNEL_OPSET))
-    optimize(graph)
-    linears = [layer.node for layer in find_linears(graph)[0] if layer.op in ("MatMul", "Gemm")]
-    return linears[-1] if linears else ""
+    return [layer.node for layer in find_linears(graph)[0] if layer.op in ("MatMul", "Gemm")][-1:]
 
 
 def weight_files(save: SaveProcessorConfig) -> WeightFiles:
@@ -149,22 +166,29 @@ def is_session_file(recipe: str) -> bool:
     return isinstance(document, dict) and _KEY in document
 
 
-def read_session(recipe: str) -> SessionConfig:
-    """The session of a YAML file: ``processor_cfg_map``, each processor with its fields; RecipeError naming the key."""
-    document = recipes.parse(*recipes.find(recipe))
-    assert isinstance(document, dict)
-    unknown = next((key for key in document if key not in (_KEY, "device")), None)
-    if unknown is not None:
-        raise RecipeError(f"{recipe}: {unknown}: unknown key; a session file holds {_KEY} and device")
-    table = document[_KEY]
-    if not isinstance(table, dict):
-        raise RecipeError(f"{recipe}: {_KEY}: expected a mapping of processors")
+def read_session(recipe: str) -> tuple[SessionConfig, SessionFile]:
+    """The session of a YAML file and what else it says; RecipeError naming the file and the key."""
+    where = f"session file {recipe}"
+    file = _made(SessionFile, _named(recipes.parse(*recipes.find(recipe))), where)
     made: dict[str, Any] = {}
-    for name, fields in table.items():
-        if name not in PROCESSORS:
-            SessionConfig(processor_cfg_map={name: fields})  # says which names there are
-        if fields is not None and not isinstance(fields, dict):
-            raise RecipeError(f"{recipe}: {_KEY}.{name}: expected a mapping of its fields")
-        made[name] = PROCESSORS[name](**(fields or {}))
-    rest = {"device": document["device"]} if "device" in document else {}
-    return SessionConfig(processor_cfg_map=made, **rest)
+    for name, fields in file.processor_cfg_map.items():
+        if name not in PROCESSORS:  # then this says which names there are
+            _made(SessionConfig, {_KEY: {name: fields}}, where)
+        made[name] = _made(PROCESSORS[name], fields or {}, f"{where}: {_KEY}.{name}")
+    return SessionConfig(processor_cfg_map=made, device=file.device), file
+
+
+def _named(document: Any) -> Any:
+    """YAML keys may be numbers; names of fields are text."""
+    return (
+        {str(key): _named(value) for key, value in document.items()}
+        if isinstance(document, dict)
+        else document
+    )
+
+
+def _made(cls: type[Made], fields: Mapping[str, Any], where: str) -> Made:
+    try:
+        return cls(**fields)
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from None
