@@ -79,12 +79,15 @@ _REDUCE_INPUT = frozenset(
     f"Reduce{k}" for k in ("Max", "Mean", "Min", "Prod", "L1", "L2", "LogSum", "LogSumExp")
 )
 _REDUCE = _REDUCE_INPUT | {"ReduceSumSquare"}
-# Attributes that came later, and the value that is the old behaviour (None: there is none).
-_NEW_IN: dict[str, dict[str, object]] = {
-    "Resize": {"antialias": 0, "axes": None, "keep_aspect_ratio_policy": "stretch"},
-    "AveragePool": {"dilations": 1},
+_OLD = {
+    "dilations": 1
+}  # attributes that came later without a default, and the value that is the old behaviour
+_NEW_MODES = {
+    "Pad": ("mode", ("wrap",)),
+    "Resize": ("coordinate_transformation_mode", ("half_pixel_symmetric",)),
+    "ScatterElements": ("reduction", ("max", "min")),
+    "ScatterND": ("reduction", ("max", "min")),
 }
-_NEW_MODES = {"Pad": ("mode", "wrap"), "Resize": ("coordinate_transformation_mode", "half_pixel_symmetric")}
 
 
 def with_opset(model: Model, opset: int) -> Model:
@@ -123,7 +126,7 @@ def _lower(graph: Graph, node: gs.Node, opset: int) -> None:
         adapter(graph, node, opset)
     elif node.op not in _GREW or not onnx.defs.has(node.op, opset, ""):
         raise _no_form(graph, node, opset)
-    elif node.op in _NEW_IN:
+    else:
         _as_it_was(graph, node, opset)
 
 
@@ -178,7 +181,8 @@ def _reduce(graph: Graph, node: gs.Node, opset: int) -> None:
         axes = graph.value(node.inputs[1])
         if axes is None:
             raise _no_form(graph, node, opset, ", its axes are computed")
-        attrs["axes"] = [int(a) for a in axes.reshape(-1)]
+        if axes.size:  # none means all, and an attribute cannot be an empty list
+            attrs["axes"] = [int(a) for a in axes.reshape(-1)]
     if empty and not attrs.get("axes"):
         raise _no_form(graph, node, opset, ", it reduces nothing")
     source, result, name, op = node.inputs[0], node.outputs[0], node.name, node.op
@@ -196,16 +200,20 @@ def _split(graph: Graph, node: gs.Node, opset: int) -> None:
 
 
 def _as_it_was(graph: Graph, node: gs.Node, opset: int) -> None:
-    later = _NEW_IN.get(node.op, {})
-    for key, old in later.items():
-        if any(value != old for value in np.ravel(node.attrs.get(key, []))):
+    """Without the attributes that came after ``opset``; GraphError where one of them, or a newer mode, is made use of."""
+    now, then = (onnx.defs.get_schema(node.op, version, "").attributes for version in (graph.opset, opset))
+    new = [key for key in node.attrs if key in now and key not in then]
+    for key in new:
+        default = now[key].default_value
+        old = _OLD.get(key) if not default.name else onnx.helper.get_attribute_value(default)
+        old = old.decode() if isinstance(old, bytes) else old
+        if any(value != old for value in np.ravel(node.attrs[key])):
             raise _no_form(graph, node, opset, f", it uses '{key}'")
-    key, mode = _NEW_MODES.get(node.op, ("", ""))
-    if node.attrs.get(key) == mode:
-        raise _no_form(graph, node, opset, f", it uses {key} {mode}")
+    key, modes = _NEW_MODES.get(node.op, ("", ()))
+    if node.attrs.get(key) in modes:
+        raise _no_form(graph, node, opset, f", it uses {key} {node.attrs[key]}")
     if node.op == "Pad" and len(node.inputs) > 3 and node.inputs[3].name:
         raise _no_form(graph, node, opset, ", it uses axes")
-    new = later.keys() & node.attrs.keys()
     if new:
         graph.set_attributes(node, {k: v for k, v in node.attrs.items() if k not in new})
 

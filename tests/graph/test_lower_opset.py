@@ -26,10 +26,15 @@ BODIES = {
     }""",
     "pad": "g (float[3,4] x) => (float[3,7] y) { y = Pad (x, pads) }",
     "resize": 'g (float[1,3,4,4] x) => (float[1,3,8,8] y) { y = Resize <mode = "linear"> (x, , , sizes) }',
+    "plain norm": """g (float[1,3,4,4] x) => (float[1,3,3,3] y) {
+        y = LpPool <kernel_shape = [2, 2], dilations = [1, 1], ceil_mode = 0> (x)
+    }""",
+    "no float8": "g (float[3,4] x) => (int32[3,4] y) { y = Cast <to = 6, saturate = 1> (x) }",
+    "no axes are all": "g (float[3,4] x) => (float[1,1] y) { y = ReduceMean (x, none) }",
     "types only": "g (float[3,4] x) => (float[12] y) { z = Reshape (x, flat) y = Identity (z) }",
 }
 IMAGE = "(float[1,3,16,16] x) => (float[N,C,H,W] y) {"
-CONSTANTS = AXES | SIZES | {"flat": np.asarray([12], np.int64)}
+CONSTANTS = AXES | SIZES | {"flat": np.asarray([12], np.int64), "none": np.asarray([], np.int64)}
 
 
 @pytest.mark.parametrize(
@@ -38,7 +43,7 @@ CONSTANTS = AXES | SIZES | {"flat": np.asarray([12], np.int64)}
         pytest.param(b, v, id=f"{n} {v}")
         for n, b in BODIES.items()
         for v in (18, 20)
-        if v == 20 or not ("Gelu" in b or "dilations" in b)
+        if v == 20 or not ("Gelu" in b or "dilations" in b or "saturate" in b)
     ],
 )
 def test_same_function(body: str, opset: int) -> None:
@@ -66,13 +71,18 @@ def test_same_function(body: str, opset: int) -> None:
         ),
         (IMAGE + " [s] y = AveragePool <kernel_shape = [2, 2], dilations = [2, 2]> (x) }", "'dilations'"),
         (
+            '(float[2,4] x) => (float[2,4] y) { [s] y = ScatterND <reduction = "max"> (x, axes2, rows) }',
+            "reduction max",
+        ),
+        (
             "(float[2,4,3] x) => (float[2,4,3] y) { [s] y = GroupNormalization <num_groups = 2> (x, one, one) }",
             "opset 17",
         ),
     ],
 )
 def test_what_has_no_form_is_named(body: str, what: str) -> None:
-    constants = {**CONSTANTS, "one": np.ones(2, np.float32), "one8": np.asarray([8], np.int64)}
+    scattered = {"axes2": np.asarray([[1]], np.int64), "rows": np.ones((1, 4), np.float32)}
+    constants = {**CONSTANTS, **scattered, "one": np.ones(2, np.float32), "one8": np.asarray([8], np.int64)}
     with pytest.raises(GraphError, match=rf"node 's': .*{what}"):
         with_opset(model_of(f"g {body}", {k: v for k, v in constants.items() if k in body}, 19), 17)
 
