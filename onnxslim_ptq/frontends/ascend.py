@@ -32,12 +32,13 @@ from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.linears import Linear, find_linears
 from onnxslim_ptq.graph.opset import PER_CHANNEL_OPSET, raise_opset
 from onnxslim_ptq.graph.optimize import PASSES, optimize
+from onnxslim_ptq.graph.precision import already_quantized
 from onnxslim_ptq.job import Job
 from onnxslim_ptq.pipeline import Planned, make_plan
 from onnxslim_ptq.recipe import Recipe
 from onnxslim_ptq.steps.fusing import leave_float
 
-__all__ = ["AscendJob", "Feeds", "exactly", "feeds_of", "layers_of", "random_feed"]
+__all__ = ["AscendJob", "Feeds", "exactly", "feeds_of", "layers_of", "random_feed", "require_input_shape"]
 
 _LOG = logging.getLogger("onnxslim_ptq")
 _SEED = 0
@@ -88,32 +89,37 @@ def _feed(where: str, sample: Any, inputs: Sequence[InputInfo]) -> Feed:
     return feed
 
 
-def random_feed(inputs: Sequence[InputInfo], shapes: Sequence[Sequence[int]] | None) -> Feed:
-    """One sample, uniform in [0, 1) (integers: 0); a dynamic first dimension is 1, others need ``shapes``.
-
-    ValueError when a shape is missing or does not fit, CalibrationError when the sample is too large.
-    """
-    rng = np.random.default_rng(_SEED)
+def require_input_shape(inputs: Sequence[InputInfo], shapes: Sequence[Sequence[int]] | None) -> None:
+    """ValueError when ``shapes`` are given and are not one per input, of its rank and fixed sizes."""
     if shapes and len(shapes) != len(inputs):
         raise ValueError(
             f"Invalid input shape: {len(shapes)} shapes are given, the model has {len(inputs)} inputs."
         )
+    for info, sizes in zip(inputs, shapes or (), strict=False):
+        declared = list(info.shape if info.shape is not None else sizes)
+        known = [(d, s) for d, s in zip(declared, sizes, strict=False) if isinstance(d, int)]
+        if len(sizes) != len(declared) or any(d != s for d, s in known):
+            raise ValueError(
+                f"Invalid input shape: {list(sizes)} for input '{info.name}', which has {declared}."
+            )
+
+
+def random_feed(inputs: Sequence[InputInfo], shapes: Sequence[Sequence[int]] | None) -> Feed:
+    """One sample, uniform in [0, 1) (integers: 0); a dynamic first dimension is 1, others need ``shapes``.
+
+    ValueError when a shape is missing, CalibrationError when the sample is too large.
+    """
+    rng = np.random.default_rng(_SEED)
     feed: dict[str, Array] = {}
     for index, info in enumerate(inputs):
         declared = list(info.shape or ())
         if shapes:
             sizes = list(shapes[index])
-            known = [(d, s) for d, s in zip(declared, sizes, strict=False) if isinstance(d, int)]
-            if len(sizes) != len(declared) or any(d != s for d, s in known):
-                raise ValueError(
-                    f"Invalid input shape: {sizes} for input '{info.name}', which has {declared}."
-                )
         else:
             sizes = [d if isinstance(d, int) else 1 for d in declared]
-            if any(not isinstance(d, int) for d in declared[1:]):
-                raise ValueError(
-                    f"Invalid input shape: input '{info.name}' has {declared}; give input_shape."
-                )
+            if info.shape is None or any(not isinstance(d, int) for d in declared[1:]):
+                told = "no declared shape" if info.shape is None else declared
+                raise ValueError(f"Invalid input shape: input '{info.name}' has {told}; give input_shape.")
         DEFAULT_LIMITS.check_bytes(math.prod(sizes) * 8, f"input '{info.name}'", "give a smaller input_shape")
         feed[info.name] = rng.random(sizes).astype(info.dtype)
     return feed
@@ -125,17 +131,24 @@ def exactly(names: Iterable[str]) -> list[str]:
 
 
 def layers_of(source: Model, passes: Collection[str] | None, ops: Collection[str]) -> list[Linear]:
-    """The layers of those operators as they will be found, in the order of execution; GraphError when there is none."""
+    """The layers of those operators as they will be found, in the order of execution.
+
+    GraphError when there is none, or the model is quantized already.
+    """
+    if integer := already_quantized(source):
+        raise GraphError(f"{source.name} is already quantized (node '{integer[0]}'); give the float model")
     graph = Graph(raise_opset(source, PER_CHANNEL_OPSET))
     # What is folded into weights neither makes nor names a layer.
     optimize(graph, set(PASSES if passes is None else passes) - {"batchnorm", "affine"})
     place = {
         node.name: index for index, node in enumerate(in_order(graph.nodes))
     }  # passes add nodes at the end
-    found = [layer for layer in find_linears(graph)[0] if layer.op in ops]
+    layers, reasons = find_linears(graph)
+    found = [layer for layer in layers if layer.op in ops]
     if not found:
+        why = "".join(f" (first: '{node}': {reason})" for node, reason in list(reasons.items())[:1])
         raise GraphError(
-            f"{source.name}: no layer can be quantized among {', '.join(sorted(ops)) or 'no operators'}"
+            f"{source.name}: no layer can be quantized among {', '.join(sorted(ops)) or 'no operators'}{why}"
         )
     return sorted(found, key=lambda layer: place[layer.node])
 

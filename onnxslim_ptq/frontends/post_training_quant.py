@@ -13,7 +13,14 @@ import numpy as np
 from calib.model import Model, open_model
 from calib.types import Feed
 from onnxslim_ptq.export.files import OutputPaths
-from onnxslim_ptq.frontends.ascend import AscendJob, exactly, feeds_of, layers_of, random_feed
+from onnxslim_ptq.frontends.ascend import (
+    AscendJob,
+    exactly,
+    feeds_of,
+    layers_of,
+    random_feed,
+    require_input_shape,
+)
 from onnxslim_ptq.frontends.checks import (
     require_choice,
     require_int,
@@ -122,6 +129,7 @@ def run_quantize(
         raise TypeError(f"quant_config must be QuantConfig, not {type(quant_config).__name__}.")
     source = open_model(readable(input_model_path, ".onnx"))
     out = writable(output_model_path, ".onnx")
+    require_input_shape(source.inputs(), quant_config.input_shape)
     passes: list[str] | None = None if quant_config.is_optimize_graph else []
     feeds = _valid(quant_config.calib_data or [], source)
     synthetic = not feeds

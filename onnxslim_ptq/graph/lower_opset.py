@@ -200,7 +200,7 @@ def _split(graph: Graph, node: gs.Node, opset: int) -> None:
 
 
 def _as_it_was(graph: Graph, node: gs.Node, opset: int) -> None:
-    """Without the attributes that came after ``opset``; GraphError where one of them, or a newer mode, is made use of."""
+    """Without attributes that came after ``opset``; GraphError where one of them, or a newer mode, is made use of."""
     now, then = (onnx.defs.get_schema(node.op, version, "").attributes for version in (graph.opset, opset))
     new = [key for key in node.attrs if key in now and key not in then]
     for key in new:

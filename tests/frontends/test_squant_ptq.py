@@ -284,6 +284,24 @@ class TestExport:
         assert len(exported(proto, tmp_path, **config)) == 2
         with pytest.raises(ValueError, match="Invalid input shape: 2 shapes are given"):
             exported(proto, tmp_path, **{**config, "input_shape": [[1, 3, 8, 8], [1]]})
+        given = [[np.zeros((1, 3, 12, 12), np.float32)]]
+        with pytest.raises(
+            ValueError, match=r"Invalid input shape: \[1, 3\] for input 'x'"
+        ):  # with samples, too
+            exported(proto, tmp_path, given, **{**config, "input_shape": [[1, 3]]})
+
+    def test_models_without_a_layer_say_why(self, tmp_path: Path) -> None:
+        proto = embedded(
+            model_of("g (float[2,4] x, float[4,3] w) => (float[2,3] y) { [m] y = MatMul (x, w) }")
+        )
+        with pytest.raises(GraphError, match=r"no layer can be quantized among .* \(first: 'm': "):
+            exported(proto, tmp_path)
+        onnx.save(convs(), tmp_path / "m.onnx")
+        calibrator = OnnxCalibrator(str(tmp_path / "m.onnx"), QuantConfig())
+        calibrator.run()
+        calibrator.export_quant_onnx(str(tmp_path / "q.onnx"))
+        with pytest.raises(GraphError, match=r"is already quantized .*; give the float model"):
+            OnnxCalibrator(str(tmp_path / "q.onnx"), QuantConfig()).run()
 
     def test_a_sample_too_large_to_draw(self, tmp_path: Path) -> None:
         body = "g (float[N,3,H,W] x) => (float[N,4,H,W] y) { [a] y = Conv (x, w) }"

@@ -12,7 +12,7 @@ from calib.model import open_model
 from calib.provider import require_device
 from calib.types import Feed, InputInfo
 from onnxslim_ptq.export.files import OutputPaths
-from onnxslim_ptq.frontends.ascend import AscendJob, feeds_of, layers_of, random_feed
+from onnxslim_ptq.frontends.ascend import AscendJob, feeds_of, layers_of, random_feed, require_input_shape
 from onnxslim_ptq.frontends.checks import require_type
 from onnxslim_ptq.frontends.paths import readable, writable
 from onnxslim_ptq.frontends.squant_ptq.config import QuantConfig
@@ -44,6 +44,7 @@ class OnnxCalibrator:
         self._source = open_model(readable(input_model, ".onnx"))
         self._device = _device(cfg)
         inputs = self._source.inputs()
+        require_input_shape(inputs, cfg.input_shape)
         self._compiler = _compiler(cfg, inputs)
         given = calib_data if calib_data is not None else []
         feeds = feeds_of(given, inputs)
@@ -123,7 +124,7 @@ def _compiler(cfg: QuantConfig, inputs: Sequence[InputInfo]) -> Compiler | None:
         return None
     shapes = cfg.atc_input_shape
     if shapes is None and cfg.input_shape:
-        pairs = zip(inputs, cfg.input_shape, strict=False)
+        pairs = zip(inputs, cfg.input_shape, strict=True)
         shapes = ";".join(f"{info.name}:{','.join(map(str, sizes))}" for info, sizes in pairs)
     found = find_compiler(cfg.om_method, shapes)
     missing = found if isinstance(found, str) else ""
