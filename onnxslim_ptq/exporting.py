@@ -187,18 +187,21 @@ class _FloatWeights:
         optimize(self._graph)
         self._layers = {layer.node: layer for layer in find_linears(self._graph)[0]}
 
-    def weight(self, node: str, codes: WeightCodes) -> NDArray[np.float32]:
-        """The float weight behind ``codes``; GraphError when this is not the model they were made from."""
+    def weight(self, node: str, transposed: bool, codes: WeightCodes) -> NDArray[np.float32]:
+        """The float weight behind ``codes``, of a Gemm that is ``transposed`` (transB) or not.
+
+        GraphError when this is not the model they were made from.
+        """
         layer = self._layers.get(node)
         values = None if layer is None else self._graph.value(self._graph.node(node).inputs[layer.weight])
         seen = dequantize(codes.codes, codes.params).astype(np.float64)
-        if values is None or layer is None or values.shape not in (seen.shape, seen.T.shape):
-            raise GraphError(
-                f"--float: {self._name} has no layer '{node}' of that shape; give the model that was quantized"
-            )
+        if values is None or layer is None:
+            raise self._other(node)
         weight = values.astype(np.float64)
-        if layer.op == "Gemm" and self._graph.node(node).attrs.get("transB", 0) and codes.params.axis == 1:
+        if layer.op == "Gemm" and bool(self._graph.node(node).attrs.get("transB", 0)) != transposed:
             weight = weight.T  # stored without transB for Ascend
+        if weight.shape != seen.shape:
+            raise self._other(node)
         weight = _smoothed(weight, seen)
         error = float(((weight - seen) ** 2).sum())
         if error > float((seen**2).sum()) * 10 ** (-_LIKE_DB / 10):
@@ -207,6 +210,11 @@ class _FloatWeights:
                 "that quantize got"
             )
         return weight.astype(np.float32)
+
+    def _other(self, node: str) -> GraphError:
+        return GraphError(
+            f"--float: {self._name} has no layer '{node}' of that shape; give the model that was quantized"
+        )
 
 
 def _smoothed(weight: NDArray[np.float64], seen: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -164,6 +164,11 @@ def _override(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 def choice_of(config: LayerConfig, target: Target) -> LayerChoice:
     """What ``config`` means for a layer on ``target``; RecipeError when the target does not take it."""
     weight = config.weight
+    if target.symmetric_weight and not weight.symmetric:
+        raise RecipeError(
+            f"recipe: steps[{config.step}].weight.symmetric: target '{target.name}' takes symmetric weights only; "
+            "set it to true"
+        )
     form = WeightForm(
         int_type(weight.dtype),
         weight.symmetric,

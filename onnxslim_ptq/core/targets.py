@@ -41,6 +41,7 @@ class Target:
     source: str
     activation: IntType
     symmetric_activation: bool = False
+    symmetric_weight: bool = False
     ops: frozenset[str] = _LINEAR
     output_q: frozenset[str] = frozenset()
     per_channel: frozenset[str] = _LINEAR
@@ -86,6 +87,7 @@ TARGETS: dict[str, Target] = {
             source="TensorRT accepts symmetric int8 only (zero points 0) and no int32 bias behind DequantizeLinear",
             activation=INT8,
             symmetric_activation=True,
+            symmetric_weight=True,
             bias=BiasForm.FLOAT,
             integer_attention=False,
         ),

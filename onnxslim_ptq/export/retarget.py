@@ -28,14 +28,15 @@ from onnxslim_ptq.export.reading import Reading
 __all__ = ["retarget"]
 
 _SHIFT = 128
-FloatWeight = Callable[[str, WeightCodes], NDArray[np.float32]]
+FloatWeight = Callable[[str, bool, WeightCodes], NDArray[np.float32]]
 
 
 def retarget(reading: Reading, target: Target, weight_of: FloatWeight | None = None) -> list[str]:
     """Change ``reading`` for ``target`` and tell what changed.
 
     Exact: codes between int8 and uint8 (zero points move along), biases between int32 and float. ``weight_of`` gives
-    the float weight of a node; with it weights that the target wants with one scale are rounded anew.
+    the float weight of a node, transposed (transB) or not; with it weights that the target wants with one scale are
+    rounded anew.
 
     Raises:
         GraphError: the target needs other integers, which only the float model can give.
@@ -84,6 +85,11 @@ def _weights(reading: Reading, target: Target, weight_of: FloatWeight | None) ->
     plan, graph, anew = reading.plan, reading.graph, 0
     for use, slot in list(plan.weights.items()):
         codes = plan.weight_codes[slot.params]
+        if target.symmetric_weight and codes.params.zero_point.any():
+            raise GraphError(
+                f"node '{use.node}': its weight has zero points, and target '{target.name}' takes symmetric codes; "
+                f"quantize the float model with --target {target.name} and symmetric weights"
+            )
         if graph.node(use.node).op in target.per_channel or codes.params.axis is None:
             continue
         if weight_of is None:
@@ -91,7 +97,8 @@ def _weights(reading: Reading, target: Target, weight_of: FloatWeight | None) ->
                 f"node '{use.node}': target '{target.name}' takes one scale for the whole weight of a "
                 f"{graph.node(use.node).op}, and the codes have one per channel; give the float model with --float"
             )
-        weight = weight_of(use.node, codes)
+        transposed = bool(graph.node(use.node).attrs.get("transB", 0))
+        weight = weight_of(use.node, transposed, codes)
         spec = QuantSpec(INT8, PerTensor(), True)
         params = params_from_range(grain_range(weight, spec.grain), spec, codes=127)
         key = f"{codes.name}@None"

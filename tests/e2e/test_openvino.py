@@ -13,11 +13,11 @@ from tests.models import cnn, feeds_for, mlp, outputs_of, session_of, sqnr_of
 openvino = pytest.importorskip("openvino", reason="the openvino wheel is not installed (extra: test)")
 
 
-@pytest.mark.parametrize("make", [cnn, mlp])
-def test_openvino_answers_like_onnxruntime(make: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("make", "recipe"), [(cnn, "w8a8"), (mlp, "w8a8"), (cnn, "w8a8-dynamic")])
+def test_openvino_answers_like_onnxruntime(make: Any, recipe: str, tmp_path: Path) -> None:
     proto = make()
     feeds = feeds_for(proto)
-    path = quantize(proto, calib_data=feeds, target="openvino").save(tmp_path / "m.onnx").model
+    path = quantize(proto, recipe, feeds, target="openvino").save(tmp_path / "m.onnx").model
     # Without bfloat16 or other narrow floats between the integer layers, which some processors use by default.
     compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     seen = [[compiled(dict(feed))[i] for i in range(len(proto.graph.output))] for feed in feeds]

@@ -157,6 +157,11 @@ class TestTargets:
         for act in ({"symmetric": False}, {"dtype": "uint8"}):
             with pytest.raises(RecipeError, match=r"steps\[0\].act: target 'tensorrt' takes symmetric int8"):
                 quantized(mlp(), recipe={"steps": [{"type": "quantize", "act": act}]}, target="tensorrt")
+        weights = {"type": "quantize", "act": None, "weight": {"symmetric": False}}
+        with pytest.raises(
+            RecipeError, match=r"steps\[0\].weight.symmetric: target 'tensorrt' takes symmetric"
+        ):
+            quantized(mlp(), recipe={"steps": [weights]}, target="tensorrt")
 
 
 class TestArguments:

@@ -127,6 +127,25 @@ def test_what_needs_other_ranges_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "o.onnx").exists()
 
 
+def test_weights_with_zero_points_have_no_form_on_tensorrt(tmp_path: Path) -> None:
+    weight = {"dtype": "int4", "symmetric": False, "per": "group", "group_size": 16}
+    recipe = {"steps": [{"type": "quantize", "act": None, "weight": weight}]}
+    path = written(mlp, "generic", tmp_path, recipe=recipe)
+    with pytest.raises(GraphError, match=r"node 'mm1': its weight has zero points, and target 'tensorrt'"):
+        export(path, tmp_path / "o.onnx", "tensorrt")
+
+
+def test_float_activations_have_no_form_on_ascend(tmp_path: Path) -> None:
+    """Gemms whose weight is grouped along its last axis, or turned, are found in the float model all the same."""
+    body = "g (float[2,16] x) => (float[2,8] y) { [a] h = Gemm <transB = 1> (x, v) [b] y = Gemm (h, w) }"
+    proto = embedded(model_of(body, weights_of(1, v=(32, 16), w=(32, 8))))
+    weight = {"dtype": "int4", "symmetric": False, "per": "group", "group_size": 16}
+    recipe = {"steps": [{"type": "quantize", "act": None, "weight": weight}]}
+    path = written(lambda: proto, "generic", tmp_path, recipe=recipe)
+    with pytest.raises(GraphError, match=r"node 'a': AscendQuant needs one known scale"):
+        export(path, tmp_path / "o.onnx", "ascend", float_model=tmp_path / "float.onnx")
+
+
 def test_other_errors(tmp_path: Path) -> None:
     path = written(mlp, "qoperator", tmp_path)
     with pytest.raises(GraphError, match=r"computes in QLinearMatMul; give the QDQ form"):

@@ -39,7 +39,10 @@ def form_clip(graph: Graph) -> int:
         ends = [_end(graph, f"{name}.{k}", v, dtype) for k, v in (("low", low), ("high", high))]
         graph.remove(first)
         graph.remove(last)
-        graph.add_node("Clip", name, [inner.source, *ends], [result])
+        inputs = [inner.source, *ends]
+        while not inputs[-1].name:  # no empty names behind: OpenVINO's CPU plug-in stumbles over them
+            inputs.pop()
+        graph.add_node("Clip", name, inputs, [result])
         count += 1
     return count
 
