@@ -100,5 +100,16 @@ def open_sets(
         # A shuffled set is chosen from all of it; otherwise nothing beyond the first samples is opened.
         limit = one.samples if shuffle is None else None
         base = open_data([one.path], fed, limit=limit, limits=limits, how=one.how, said=said)
+        if said is not None and one.samples is not None:
+            said += _taken(one.path, one.samples, len(base), shuffle)
         opened.append((wiring.complete(base, one.constants, recurrence), one.samples))
     return mix(opened, shuffle)
+
+
+def _taken(path: Path, asked: int, found: int, shuffle: int | None) -> list[str]:
+    """A line where a set gives other samples than all that were found, or fewer than were asked for."""
+    if found < asked:
+        return [f"{path}: {found} samples, although data.sets asks for {asked}"]
+    if found > asked:
+        return [f"{asked} of the {found} samples of {path}, chosen at random by seed {shuffle}"]
+    return []

@@ -51,6 +51,7 @@ def calibrate(
     workers: opt.Workers = None,
     ray: opt.Ray = None,
     resume: opt.Resume = None,
+    blockwise: opt.Blockwise = False,
     device: opt.Device = "cpu",
     target: opt.Target = None,
     include: opt.Include = None,
@@ -75,6 +76,11 @@ def calibrate(
     with Bars(quiet) as bars:
         found = calibrate_as(model, replace(asked, listener=bars), int(keep_samples * 2**20))
         found.save(out)
+    if not any(found.sweeps.values()):
+        warn(
+            f"'{out}' holds no statistics, because no layer of the model is quantized by them; "
+            f"{program()} quantize --dry-run says why"
+        )
     if found.kept.reason:
         warn(
             f"no samples are kept in '{out}': {found.kept.reason}; quantize --stats will need --calib as well"

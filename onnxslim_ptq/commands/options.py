@@ -10,6 +10,7 @@ import typer
 __all__ = [
     "TARGET_HELP",
     "AllowQuantized",
+    "Blockwise",
     "Calib",
     "Device",
     "Exclude",
@@ -74,6 +75,9 @@ Samples = Annotated[
     typer.Option("--samples", metavar="N", min=1, show_default=False, help="Use the first N samples only."),
 ]
 Stacked = Annotated[bool, typer.Option("--stacked", help="The first axis of each array runs over samples.")]
+Blockwise = Annotated[
+    bool, typer.Option("--blockwise", help="Run the model in blocks, as is done where memory is short.")
+]
 Threads = Annotated[
     int, typer.Option("--threads", metavar="N", min=0, help="Threads; 0 = ONNX Runtime decides.")
 ]

@@ -69,9 +69,6 @@ Stats = Annotated[
         "--stats", metavar="FILE", show_default=False, help="What calibrate wrote; then no data is needed."
     ),
 ]
-Blockwise = Annotated[
-    bool, typer.Option("--blockwise", help="Run the model in blocks, as is done where memory is short.")
-]
 Report = Annotated[
     Path | None,
     typer.Option(
@@ -101,7 +98,7 @@ def quantize(
     workers: opt.Workers = None,
     ray: opt.Ray = None,
     resume: opt.Resume = None,
-    blockwise: Blockwise = False,
+    blockwise: opt.Blockwise = False,
     shape: Shape = None,
     value_range: Range = None,
     device: opt.Device = "cpu",

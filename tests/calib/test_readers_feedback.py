@@ -305,6 +305,15 @@ class TestSets:
         assert [int(feed["sr"]) for _, feed in data] == [8, 8, 8, 16, 16]  # type: ignore[call-overload]
         assert list(next(iter(data))[1]) == ["x", "h", "sr"]
 
+    def test_how_many_were_taken_is_said(self, tmp_path: Path) -> None:
+        how, path, said = HowToRead(stacked=True), self.save(tmp_path, "a.npy", 1, 2, 3), list[str]()
+        sets = [FileSet(path, how, count, {"sr": 8, "h": 0}) for count in (2, 3, 5)]
+        assert len(open_sets(sets, self.wiring, Recurrence(), shuffle=4, said=said)) == 8
+        assert said == [
+            f"2 of the 3 samples of {path}, chosen at random by seed 4",
+            f"{path}: 3 samples, although data.sets asks for 5",
+        ]
+
     def test_contradictions(self, tmp_path: Path) -> None:
         one = FileSet(self.save(tmp_path, "a.npy", 1), HowToRead(stacked=True), None, {"sr": 8})
         back = Recurrence({"hn": "h"})

@@ -7,8 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from calib import Statistics
 from onnxslim_ptq.cli import main
 
 DIGITS = Path(__file__).resolve().parents[2] / "tools" / "digits"
@@ -117,6 +119,26 @@ def test_workers_and_resume(tmp_path: Path) -> None:
     more = ["--workers", "2", "--resume", str(tmp_path / "progress")]
     assert main([MODEL, str(tmp_path / "m.onnx"), "--calib", CALIB, "-q", *more]) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.json", "m.onnx"]
+
+
+def test_blockwise(tmp_path: Path) -> None:
+    """In blocks as in one piece."""
+    recipe, paths = ["--recipe", "w8a8-minmax"], [str(tmp_path / name) for name in ("b", "w")]
+    assert main(["calibrate", MODEL, paths[0], "--calib", CALIB, *recipe, "--blockwise", "-q"]) == 0
+    assert main(["calibrate", MODEL, paths[1], "--calib", CALIB, *recipe, "-q"]) == 0
+    blocks, whole = (Statistics.load(Path(path)).sweeps for path in paths)
+    (states,) = blocks.values()
+    (expected,) = whole.values()
+    assert states.keys() == expected.keys()
+    for probe, state in states.items():
+        for end in {"lo", "hi"} & state.keys():
+            np.testing.assert_allclose(state[end], expected[probe][end], rtol=1e-6)
+
+
+def test_nothing_to_gather_is_a_warning(tmp_path: Path, capsys: Captured) -> None:
+    out = str(tmp_path / "none")
+    assert main(["calibrate", MODEL, out, "--calib", CALIB, "--recipe", "w8a16"]) == 0
+    assert "holds no statistics, because no layer" in capsys.readouterr().err
 
 
 def test_what_is_refused(stats: str, halves: list[str], tmp_path: Path, capsys: Captured) -> None:
