@@ -28,9 +28,12 @@ from calib.runner import run_session, tap
 from calib.types import Array, Dataset, Feed
 from onnxslim_ptq.analysis.latency import Latency, measure_latency
 from onnxslim_ptq.analysis.metrics import OutputError, worst_sqnr
+from onnxslim_ptq.core.targets import TARGETS
 from onnxslim_ptq.export.exchange import Exchange
 from onnxslim_ptq.export.fusion import Island, dequantized_weights, float_islands, optimized_graph
 from onnxslim_ptq.export.lowering import is_ascend, lower_ascend
+from onnxslim_ptq.export.qdq import render_qdq
+from onnxslim_ptq.export.reading import read_quantized
 from onnxslim_ptq.graph.linears import LINEAR_OPS
 from onnxslim_ptq.graph.precision import already_quantized
 
@@ -66,7 +69,7 @@ class LayerError:
 
 @dataclass
 class Comparison:
-    """What was measured on ``samples`` samples."""
+    """What was measured on ``samples`` samples; ``runs_here``: ONNX Runtime runs the quantized model as it is."""
 
     outputs: list[OutputError]
     layers: list[LayerError]
@@ -76,6 +79,7 @@ class Comparison:
     unfused: list[str]
     islands: list[Island]
     notes: list[str] = field(default_factory=list)
+    runs_here: bool = True
 
     @property
     def sqnr(self) -> float | None:
@@ -95,22 +99,33 @@ def compare_models(
     """Run both models on every sample; GraphError when they do not have the same inputs and outputs.
 
     ``rescaled``: what layers are compared with, the float model smoothed as ``quantized`` is; by default ``exact``.
-    A model for Ascend is compared in standard operators, since ONNX Runtime does not know AscendQuant, and not timed.
+    A model for Ascend is compared in standard operators, since ONNX Runtime does not know AscendQuant, its layers in
+    QDQ form, and it is not timed.
     """
     _check_pair(exact, quantized)
     foreign = is_ascend(quantized)
+    layered = quantized
     if foreign:
-        quantized = lower_ascend(quantized)
-    outputs, layers, count = _Run(exact, quantized, rescaled or exact, threads).measure(data, listener)
-    weights = _integer_weights(quantized)
+        layered, quantized = _as_qdq(quantized), lower_ascend(quantized)
+    outputs, layers, count = _Run(exact, quantized, layered, rescaled or exact, threads).measure(
+        data, listener
+    )
+    weights = _integer_weights(layered)
     notes = [f for e in outputs for f in e.faults[:1]]
     if not layers:
         notes.append("no layer has the same name in both models: errors of layers are not known")
-    timed = latency and not foreign  # what a lowered graph takes here says nothing of the device
-    speed = measure_latency(exact, quantized, next(iter(data))[1], threads) if timed else None
+    if foreign:  # what a lowered graph does here says nothing of the device
+        return Comparison(outputs, layers, count, None, len(weights), [], [], notes, runs_here=False)
+    speed = measure_latency(exact, quantized, next(iter(data))[1], threads) if latency else None
     graph = optimized_graph(quantized)
     unfused = sorted(weights & dequantized_weights(graph))
     return Comparison(outputs, layers, count, speed, len(weights), unfused, float_islands(graph), notes)
+
+
+def _as_qdq(ascend: Model) -> Model:
+    """An Ascend graph with the same integers between QuantizeLinear and DequantizeLinear."""
+    reading = read_quantized(ascend)
+    return render_qdq(reading.graph.to_model(), reading.plan, TARGETS["ascend"])
 
 
 def _check_pair(exact: Model, quantized: Model) -> None:
@@ -133,12 +148,12 @@ def _check_pair(exact: Model, quantized: Model) -> None:
 
 
 class _Run:
-    """The sessions of one comparison."""
+    """The sessions of one comparison: outputs of ``exact`` and ``quantized``, layers of ``inside`` and ``layered``."""
 
-    def __init__(self, exact: Model, quantized: Model, inside: Model, threads: int) -> None:
+    def __init__(self, exact: Model, quantized: Model, layered: Model, inside: Model, threads: int) -> None:
         self.outputs = [o.name for o in exact.proto.graph.output]
-        self.layers = _layers(inside, quantized)
-        self.locals = _Locals(quantized, [la for la in self.layers if la.quantized], _tensors(inside))
+        self.layers = _layers(inside, layered)
+        self.locals = _Locals(layered, [la for la in self.layers if la.quantized], _tensors(inside))
         self.inputs = {i.name for i in exact.proto.graph.input}
         options = SessionOptions(threads=threads)
         results = [layer.tensor for layer in self.layers]
@@ -148,7 +163,7 @@ class _Run:
         # Taps keep ONNX Runtime from fusing, so the outputs come from sessions without any.
         self.exact, self.plain = (_open(m.proto, m, options) for m in (exact, quantized))
         self.exact_tapped = _open(tap(inside, self.names), inside, options)
-        self.tapped = _open(tap(quantized, results), quantized, options) if results else None
+        self.tapped = _open(tap(layered, results), layered, options) if results else None
 
     def measure(
         self, data: Dataset, listener: Listener | None

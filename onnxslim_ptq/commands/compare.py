@@ -146,10 +146,9 @@ def _show(found: Comparison, measured_on: str, verbose: bool) -> None:
             f"speed: float {speed.exact_ms:.3g} ms, int8 {speed.quantized_ms:.3g} ms, {speed.speedup:.2f} x as fast "
             f"(median of {speed.rounds} alternating runs of one sample on this machine's CPU)"
         )
-    say(
-        f"int8 weights: {found.integer_weights}, of which {len(found.unfused)} get no integer kernel on this CPU"
-        + (f" (slow): {', '.join(found.unfused[: None if verbose else 3])}" if found.unfused else "")
-    )
+    here = f", of which {len(found.unfused)} get no integer kernel on this CPU" if found.runs_here else ""
+    slow = f" (slow): {', '.join(found.unfused[: None if verbose else 3])}" if found.unfused else ""
+    say(f"int8 weights: {found.integer_weights}{here}{slow}")
     _show_islands(found.islands, verbose)
     for note in found.notes:
         warn(note)

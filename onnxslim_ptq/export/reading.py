@@ -241,6 +241,9 @@ def _ascend_layer(reading: Reading, node: gs.Node, codes: np.ndarray, s_x: float
         shift = constant_of(graph, add, port)
         name = add.inputs[port].name.removesuffix("_quantized")
         add.inputs[port] = graph.constant(name, (shift.astype(np.float64) * deq).astype(np.float32))
+        # The name it had before its type became int32: layers are known by the names of their results.
+        sums = graph.variable(node.outputs[0].name.removesuffix("_accumulated"))
+        node.outputs[0] = add.inputs[1 - port] = sums
     result = dequant.outputs[0]
     before = add if add is not None else node
     graph.remove(dequant)

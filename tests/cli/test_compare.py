@@ -14,9 +14,11 @@ import pytest
 
 from calib.model import open_model
 from calib.readers import from_iterable
+from onnxslim_ptq import quantize
 from onnxslim_ptq.analysis.compare import Comparison, compare_models
 from onnxslim_ptq.cli import main
 from onnxslim_ptq.export import description
+from tests.graph.models import feed_for
 from tools import nets
 
 DIGITS = Path(__file__).resolve().parents[2] / "tools" / "digits"
@@ -242,3 +244,26 @@ class TestSmoothed:
         path.write_text(json.dumps(document))
         assert main(self.arguments("compare", smoothed)) == 0
         assert "errors of smoothed layers mislead" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("make", [nets.bert, lambda: nets.mobilenet(width=8, size=32)])
+def test_layers_of_an_ascend_model(make: Any, tmp_path: Path, capsys: Captured) -> None:
+    """Also those whose Add is an integer one; what this CPU does with the weights says nothing of the device."""
+    proto = make()
+    onnx.save(proto, tmp_path / "float.onnx")
+    result = quantize(proto, "w8a8-minmax", [feed_for(proto, s) for s in range(4)], target="ascend")
+    result.save(tmp_path / "q.onnx")
+    layers = sum(n.op_type == "AscendDequant" for n in onnx.load(tmp_path / "q.onnx").graph.node)
+    source = open_model(proto)
+    data = from_iterable([feed_for(proto, 9)], source.inputs())
+    found = compare_models(source, open_model(tmp_path / "q.onnx"), data)
+    quantized = [la for la in found.layers if la.quantized]
+    assert len(quantized) == layers
+    assert all(la.local is not None and (la.local.sqnr or 0) > 20 for la in quantized)
+    assert found.latency is None
+    (tmp_path / "data").mkdir()
+    np.savez(tmp_path / "data" / "0.npz", **feed_for(proto, 9))
+    files = [str(tmp_path / n) for n in ("float.onnx", "q.onnx", "data")]
+    assert main(["compare", *files[:2], "--eval", files[2]]) == 0
+    text = capsys.readouterr().out
+    assert f"int8 weights: {found.integer_weights}\n" in text
