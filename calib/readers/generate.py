@@ -174,10 +174,11 @@ def _shape(info: InputInfo, given: tuple[int, ...] | None) -> tuple[int, ...]:
     fixed = tuple(size for size in shape if isinstance(size, int))
     if len(fixed) < len(shape):
         declared = "x".join("?" if size is None else str(size) for size in info.shape)
-        example = "x".join(str(size) if isinstance(size, int) else "224" for size in shape)
+        example = [size if isinstance(size, int) else 224 for size in shape]
         raise CalibrationError(
             f"input {info.name!r} has dynamic dimensions ({declared}); "
-            f"pass their sizes, e.g. --shape {info.name}:{example}"
+            f"pass their sizes, e.g. --shape {info.name}:{'x'.join(map(str, example))} "
+            f"(in Python shapes={{{info.name!r}: {tuple(example)}}})"
         )
     return fixed
 

@@ -110,6 +110,7 @@ class TestShapes:
         ("shape", "message"),
         [
             (("n", 3, "h", None), r"input 'x' has dynamic dimensions \(nx3xhx\?\).*--shape x:1x3x224x224"),
+            ((1, "n", 3), r"\(in Python shapes={'x': \(1, 224, 3\)}\)"),
             ((1, "seq"), r"--shape x:1x224"),
             (None, r"input 'x' declares no shape; pass --shape x:1x3x224x224"),
         ],
