@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from onnxslim_ptq.cli import main
-from onnxslim_ptq.errors import GraphError, RecipeError
+from onnxslim_ptq.errors import GraphError, RecipeError, VerificationError
 from onnxslim_ptq.frontends.session import (
     FA3ProcessorConfig,
     M3ProcessorConfig,
@@ -349,6 +349,22 @@ class TestLimits:
             GraphError, match=r"model: expected the path of an \.onnx file or .*, got object; export"
         ):
             quant_model(object(), session(w8a8=static()))  # type: ignore[arg-type]
+
+    def test_nothing_but_convolutions(self) -> None:
+        weights = weights_of(2, k=(8, 3, 3, 3), w=(8, 4))
+        body = """g (float[N,3,8,8] x) => (float[N,4] y) {
+          c = Conv (x, k)  p = GlobalAveragePool (c)  f = Flatten (p)  y = Gemm (f, w) }"""
+        proto = parse(body, weights, 17, 8)
+        config = SessionConfig(processor_cfg_map={"w8a8_dynamic": dynamic()})
+        with pytest.raises(
+            RecipeError, match=r"leaves convolutions and the last linear .* set quantize_conv"
+        ):
+            quant_model(proto, config)
+        assert len(quant_model(proto, config, disable_last_linear=False).plan.weights) == 1
+
+    def test_a_result_that_is_not_good_enough(self) -> None:
+        with pytest.raises(VerificationError, match="below --min-sqnr 90"):
+            quant_model(model(), session(w8a8=static()), min_sqnr=90)
 
     def test_two_files_of_one_name(self, tmp_path: Path) -> None:
         save = SaveProcessorConfig(output_path=str(tmp_path / "out"), json_name="model_w8a8.json")

@@ -30,12 +30,13 @@ def quant_model(
     eval_data: Any = None,
     disable_last_linear: bool = True,
     quantize_conv: bool = False,
+    min_sqnr: float = 6.0,
 ) -> Result:
     """Quantize ``model`` as the session says, verify it, and write what its ``save`` processor asks for.
 
     As in msModelSlim, convolutions and the last linear layer stay float unless told otherwise. ``names`` gives nodes
-    module names; ``shapes`` are those of inputs with dynamic dimensions when there is no data. Raises RecipeError
-    naming the field, and what `onnxslim_ptq.quantize` raises.
+    module names; ``shapes`` are those of inputs with dynamic dimensions when there is no data; ``min_sqnr`` is that of
+    `onnxslim_ptq.quantize`. Raises RecipeError naming the field, and what `onnxslim_ptq.quantize` raises.
     """
     if not isinstance(session_cfg, SessionConfig):
         raise RecipeError(f"session_cfg: expected a SessionConfig, got {type(session_cfg).__name__}")
@@ -56,7 +57,13 @@ def quant_model(
     if session_cfg.calib_data:
         data = [_feed(index, sample, inputs) for index, sample in enumerate(session_cfg.calib_data)]
     result = quantize(
-        model, recipe, data, device=session_cfg.device, eval_data=eval_data, shapes=None if data else shapes
+        model,
+        recipe,
+        data,
+        device=session_cfg.device,
+        eval_data=eval_data,
+        shapes=None if data else shapes,
+        min_sqnr=min_sqnr,
     )
     if isinstance(save, SaveProcessorConfig):
         result.save(save.output_path, weights=files)

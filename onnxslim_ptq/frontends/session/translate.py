@@ -83,14 +83,15 @@ def recipe_of(
     assert isinstance(scheme, _Scheme)
     graph = Graph(raise_opset(model, PER_CHANNEL_OPSET))
     optimize(graph)
-    last = [literal(name) for name in _last_linear(graph)] if disable_last_linear else []
+    last = _last_linear(graph) if disable_last_linear else []
+    _require_layers(graph, last, quantize_conv)
     ops = {node.op_type for node in model.proto.graph.node}
     convolutions = [] if quantize_conv else [f"op:{op}" for op in _CONVOLUTIONS if op in ops]
     disabled = list(scheme.disable_names)
     steps = [_smoothing(name, given[name], disabled) for name in given if name in _SMOOTHING]
     quantize = {
         "type": "quantize",
-        "exclude": list(dict.fromkeys([*disabled, *convolutions, *last])),
+        "exclude": list(dict.fromkeys([*disabled, *convolutions, *map(literal, last)])),
         "rounder": {"type": "rtn"},
         "weight": {"dtype": "int8", "per": "channel", "symmetric": True},
         "act": _activation(scheme),
@@ -105,6 +106,17 @@ def recipe_of(
     recipe = Recipe.load({"target": target, "names": dict(names or {}), "steps": whole})
     _require_known(disabled, model, recipe, graph)
     return recipe
+
+
+def _require_layers(graph: Graph, last: Sequence[str], convolutions: bool) -> None:
+    """RecipeError when all layers are of those that a session leaves float."""
+    layers = find_linears(graph)[0]
+    kept = [x for x in layers if x.node not in last and (convolutions or x.op not in _CONVOLUTIONS)]
+    if layers and not kept:
+        raise RecipeError(
+            f"{graph.model.name}: a session leaves convolutions and the last linear layer float, and there is no other "
+            "layer; set quantize_conv to true or disable_last_linear to false"
+        )
 
 
 def _require_known(disabled: Sequence[str], model: Model, recipe: Recipe, graph: Graph) -> None:
