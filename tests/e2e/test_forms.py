@@ -20,6 +20,8 @@ from onnxslim_ptq.core.dtypes import UINT8
 from onnxslim_ptq.export.simulation import simulate
 from onnxslim_ptq.recipe import Recipe
 from onnxslim_ptq.steps.placement import place
+from tests.decoders import appending
+from tests.decoders import feeds as decoder_feeds
 from tests.graph.models import parse
 from tests.models import outputs_of, quantized, sqnr_of, weights_of
 from tests.steps.layers import apply_step, choose, workspace_of
@@ -132,6 +134,23 @@ class TestWeightOnly:
         feeds = [{"x": f["x"].astype(np.float16)} for f in uneven()]
         result = quantized(proto, feeds, recipe="w8a16")
         assert sqnr_of(outputs_of(proto, feeds), outputs_of(result.model, feeds)) > 38
+
+
+@pytest.mark.parametrize(
+    ("recipe", "floor", "kind"),
+    [
+        ("w4a8-dynamic", 14, "W4A8_DYNAMIC"),
+        ("w8a8-c8", 28, "W8A8_C8"),
+        ("w8a8-dynamic-fa3", 31, "W8A8_DYNAMIC"),
+    ],
+)
+def test_schemes_of_decoders(recipe: str, floor: float, kind: str) -> None:
+    proto, feeds = (model(), uneven()) if kind.startswith("W4") else (appending(), decoder_feeds(appending()))
+    result = quantized(proto, feeds, recipe=recipe)
+    assert result.metrics["sqnr_db"] > floor
+    assert result.recipe.quant_type == kind
+    assert len(result.plan.io) == (2 if kind.endswith("C8") else 0)
+    assert len(result.plan.attention) == (3 if recipe.endswith("fa3") else 0)
 
 
 class TestPerToken:
