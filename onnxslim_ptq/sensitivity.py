@@ -187,7 +187,7 @@ def _feeding(graph: Graph, attention: Attention, layers: Sequence[str]) -> tuple
         seen.add(node.name)
         if node.op in LINEAR_OPS and any(graph.is_constant(t) for t in node.inputs):
             met.add(node.name)
-        else:
+        elif node.op not in ("Shape", "Size"):  # how large the residual stream is does not make a query
             todo += [t for t in node.inputs if t.name and not graph.is_constant(t)]
     return tuple(name for name in layers if name in met)
 

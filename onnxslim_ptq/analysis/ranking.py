@@ -50,7 +50,8 @@ class Analysis:
 
     def exclude(self, top: int) -> list[str]:
         """Patterns for the layers of the first ``top`` entries."""
-        return [literal(node) for ranked in self.ranking[:top] for node in ranked.nodes]
+        nodes = dict.fromkeys(node for ranked in self.ranking[:top] for node in ranked.nodes)
+        return [literal(node) for node in nodes]
 
     def snippet(self, top: int) -> str:
         """The YAML for a recipe's quantize step."""

@@ -3,6 +3,8 @@
 ========================  ============================================================================================
 Upsample, Resize (< 11)   x_old = x_new / scale (``asymmetric``), rounded down; the default since 11 is ``half_pixel``
 Hardmax (< 13)            works on x flattened to 2-D at ``axis``; since 13 along ``axis`` alone
+Softmax, LogSoftmax       (< 13) as Hardmax; along the last axis that is the same, but the converter, where it does not
+                          know the rank, flattens, and nobody recognizes the attention any more
 RoiAlign (< 16)           samples at ``output_half_pixel``; the default since 16 is ``half_pixel``
 ========================  ============================================================================================
 
@@ -11,24 +13,34 @@ For the converter they are nodes of a domain it passes over.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import onnx
 from onnx import GraphProto, NodeProto, helper
 
 from calib.scope import subgraphs
 
-__all__ = ["give_back", "set_aside"]
+__all__ = ["NORMALIZED_IN", "NORMALIZING", "give_back", "set_aside"]
+
+NORMALIZING, NORMALIZED_IN = frozenset({"Softmax", "LogSoftmax"}), 13  # since when they work along one axis
 
 _ASIDE = "onnxslim_ptq.aside"
 _CHANGED_IN = {"Upsample": 11, "Resize": 11, "Hardmax": 13, "RoiAlign": 16}
 _FIRST_WITHOUT_ROI = 13
 
 
-def set_aside(model: onnx.ModelProto, old: int, least: int) -> None:
-    """Move nodes to a domain of their own when the conversion from ``old`` to ``least`` would change their meaning."""
+def set_aside(model: onnx.ModelProto, old: int, least: int, along_last: Collection[str] = ()) -> None:
+    """Move nodes to a domain of their own when the conversion from ``old`` to ``least`` would change their meaning.
+
+    And those of `NORMALIZING` that make a value of ``along_last``, which says that their axis is the last.
+    """
     changing = {op for op, version in _CHANGED_IN.items() if old < version <= least}
-    if _move(model.graph, changing):
+    moved = _move(model.graph, changing)
+    for node in model.graph.node:
+        if node.op_type in NORMALIZING and not node.domain and node.output[0] in along_last:
+            node.domain = _ASIDE
+            moved += 1
+    if moved:
         model.opset_import.add(domain=_ASIDE, version=1)
 
 
@@ -111,11 +123,16 @@ def _roi_align(node: NodeProto, opset: int) -> list[NodeProto]:
     return [node]
 
 
+def _as_it_is(node: NodeProto, opset: int) -> list[NodeProto]:
+    return [node]
+
+
 _ADAPTERS: dict[str, Callable[[NodeProto, int], list[NodeProto]]] = {
     "Upsample": _resize,
     "Resize": _resize,
     "Hardmax": _hardmax,
     "RoiAlign": _roi_align,
+    **dict.fromkeys(NORMALIZING, _as_it_is),
 }
 
 

@@ -16,9 +16,11 @@ from onnx.version_converter import convert_version
 from calib.errors import GraphError
 from calib.model import Model, lift_constants
 from calib.scope import every_node, subgraphs
-from onnxslim_ptq.graph.adapters import give_back, set_aside
+from onnxslim_ptq.graph.adapters import NORMALIZED_IN, NORMALIZING, give_back, set_aside
 from onnxslim_ptq.graph.convert import all_names
+from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.ir import lowest_ir
+from onnxslim_ptq.graph.shapes import infer_shapes
 
 __all__ = ["PER_CHANNEL_OPSET", "raise_opset"]
 
@@ -49,7 +51,7 @@ def raise_opset(model: Model, least: int) -> Model:
     else:
         if source.functions:
             source = inline_local_functions(source)
-        converted = _convert(source, old, least)
+        converted = _convert(source, old, least, _along_last(source, model, old, least))
         _rename(converted, all_names(source.graph))
         _take_over(source.graph, converted.graph, _originals(source.graph))
         for entry in source.opset_import:
@@ -60,14 +62,28 @@ def raise_opset(model: Model, least: int) -> Model:
     return Model(source, dict(model.weights), model.path, model.nbytes)
 
 
-def _convert(source: onnx.ModelProto, old: int, least: int) -> onnx.ModelProto:
+def _along_last(source: onnx.ModelProto, model: Model, old: int, least: int) -> frozenset[str]:
+    """Results of Softmax and LogSoftmax along the last axis, which onnx's own inference often cannot tell."""
+    found = [n for n in source.graph.node if n.op_type in NORMALIZING and n.domain in _DEFAULT]
+    if not found or not old < NORMALIZED_IN <= least:
+        return frozenset()
+    dims = infer_shapes(Graph(Model(source, dict(model.weights), model.path, model.nbytes))).dims
+    last = set()
+    for node in found:
+        axis, known = next((a.i for a in node.attribute if a.name == "axis"), 1), dims.get(node.input[0])
+        if axis == -1 or (known is not None and axis == len(known) - 1):
+            last.add(node.output[0])
+    return frozenset(last)
+
+
+def _convert(source: onnx.ModelProto, old: int, least: int, along_last: frozenset[str]) -> onnx.ModelProto:
     """What onnx makes of ``source``: node names carry ``_MARK`` and a number, types and shapes are inferred afresh."""
     work = onnx.ModelProto()
     work.CopyFrom(source)
     for entry in work.opset_import:
         entry.domain = "" if entry.domain in _DEFAULT else entry.domain
     _mark(work.graph, [0])
-    set_aside(work, old, least)
+    set_aside(work, old, least, along_last)
     try:
         converted: onnx.ModelProto = convert_version(work, least)
     except (

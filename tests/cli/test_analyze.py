@@ -14,6 +14,7 @@ from onnxslim_ptq import LayerSelector, Recipe, analyze, quantize
 from onnxslim_ptq.cli import main
 from onnxslim_ptq.core.match import literal
 from onnxslim_ptq.errors import GraphError, RecipeError
+from onnxslim_ptq.sensitivity import Analysis, Ranked
 from tests.models import feeds_for, mlp, parse, weights_of
 
 DIGITS = Path(__file__).resolve().parents[2] / "tools" / "digits"
@@ -153,6 +154,33 @@ class TestAttention:
         assert ranked.nodes == ("q", "k", "v")
         assert 0 < ranked.score < 1e-2
         assert found.exclude(1) == ["q", "k", "v"]
+
+    def test_shapes_computed_from_the_residual_stream_lead_nowhere(self) -> None:
+        """The second attention's sizes come from the first one's result, as exporters write them."""
+        names = ("wq", "wk", "wv", "wo", "vq", "vk", "vv")
+        weights = weights_of(4, **dict.fromkeys(names, (24, 24)))
+        shapes = {"split": np.array([0, 0, 4, 6]), "merge": np.array([0, 0, 24])}
+        shapes |= {"last": np.array([4, 6]), "first": np.array([0, 1])}
+        body = """g (float[B,T,24] x) => (float[B,h,T,d] y) {
+            [q] q = MatMul (x, wq)  q4 = Reshape (q, split)  qh = Transpose <perm = [0, 2, 1, 3]> (q4)
+            [k] k = MatMul (x, wk)  k4 = Reshape (k, split)  kh = Transpose <perm = [0, 2, 3, 1]> (k4)
+            [v] v = MatMul (x, wv)  v4 = Reshape (v, split)  vh = Transpose <perm = [0, 2, 1, 3]> (v4)
+            s = MatMul (qh, kh)  p = Softmax <axis = -1> (s)  a = MatMul (p, vh)
+            at = Transpose <perm = [0, 2, 1, 3]> (a)  o = Reshape (at, merge)
+            [out] r = MatMul (o, wo)  z = Add (r, x)
+            sizes = Shape (z)  some = Gather (sizes, first)  to = Concat <axis = 0> (some, last)
+            [q2] e = MatMul (z, vq)  e4 = Reshape (e, to)  eh = Transpose <perm = [0, 2, 1, 3]> (e4)
+            [k2] f = MatMul (z, vk)  f4 = Reshape (f, to)  fh = Transpose <perm = [0, 2, 3, 1]> (f4)
+            [v2] g = MatMul (z, vv)  g4 = Reshape (g, to)  gh = Transpose <perm = [0, 2, 1, 3]> (g4)
+            t = MatMul (eh, fh)  w = Softmax <axis = -1> (t)  y = MatMul (w, gh) }"""
+        proto = parse(body, {**weights, **shapes}, 17, 8)
+        feeds = feeds_for(proto, 12, {"B": 1, "T": 5})
+        found = analyze(proto, "attn", calib_data=feeds, recipe="w8a8-minmax")
+        assert {ranked.nodes for ranked in found.ranking} == {("q", "k", "v"), ("q2", "k2", "v2")}
+
+    def test_a_layer_of_two_entries_is_listed_once(self) -> None:
+        both = [Ranked("a", ("n1", "n2"), "attention", 2.0), Ranked("b", ("n2", "n3"), "attention", 1.0)]
+        assert Analysis("attn", "mse", both, 1).exclude(2) == ["n1", "n2", "n3"]
 
     def test_none(self) -> None:
         with pytest.raises(GraphError, match="no attention whose layers are quantized was found"):

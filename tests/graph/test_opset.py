@@ -86,6 +86,24 @@ def test_graphs_mean_the_same(opset: int, body: str) -> None:
             np.testing.assert_allclose(new, old, rtol=1e-5, atol=1e-6)
 
 
+COMPUTED = """g (float[A,B,6] x) => (float[A,B,N,M] y) {
+    s = Shape (x)  a = Slice (s, zero, two)  t = Concat <axis = 0> (a, rest)
+    r = Reshape (x, t)  y = OP <axis = AXIS> (r) }"""
+
+
+@pytest.mark.parametrize("op", ["Softmax", "LogSoftmax"])
+@pytest.mark.parametrize(("axis", "added"), [(3, 0), (-1, 0), (2, 3)])
+def test_a_softmax_along_the_last_axis_stays_one_node(op: str, axis: int, added: int) -> None:
+    """Behind a Reshape whose target is computed; along another axis it has to be flattened."""
+    values = {"zero": np.array([0]), "two": np.array([2]), "rest": np.array([3, 2])}
+    proto = parse(COMPUTED.replace("OP", op).replace("AXIS", str(axis)), values, 12)
+    result = embedded(raise_opset(open_model(proto), 13))
+    onnx.checker.check_model(result, full_check=True)
+    assert len(result.graph.node) == len(proto.graph.node) + added
+    feed = feed_for(proto, 0, {"A": 2, "B": 5})
+    np.testing.assert_allclose(run(result, feed)[0], run(proto, feed)[0], rtol=1e-5, atol=1e-6)
+
+
 class TestKept:
     def test_high_enough_is_the_same_object(self) -> None:
         model = open_model(parse("g (float[4] x) => (float[4] y) { y = Relu (x) }", opset=13))
