@@ -122,7 +122,8 @@ def _tensor(value: onnx.ValueInfoProto, batched: bool) -> str:
         )
     dims = [d.dim_value if d.HasField("dim_value") else -1 for d in kind.shape.dim][int(batched) :]
     listed = ", ".join(map(str, dims or [1]))
-    reshape = "" if dims else "\n    reshape { shape: [ ] }"
+    # A scalar: Triton takes an empty reshape in models that batch only, and [ 1 ] for it in the others.
+    reshape = "\n    reshape { shape: [ ] }" if batched and not dims else ""
     return (
         f"  {{\n    name: {json.dumps(value.name)}\n    data_type: {_TYPES[kind.elem_type]}\n"
         f"    dims: [ {listed} ]{reshape}\n  }}"

@@ -297,7 +297,11 @@ class TestTriton:
         assert "max_batch_size: 0" in text
         assert "dynamic_batching" not in text
         assert 'name: "s"\n    data_type: TYPE_INT64\n    dims: [ -1 ]' in text
-        assert 'name: "z"\n    data_type: TYPE_FP32\n    dims: [ 1 ]\n    reshape { shape: [ ] }' in text
+        # Triton: "cannot have empty reshape for non-batching model"; its backend takes [ 1 ] for a scalar.
+        assert 'name: "z"\n    data_type: TYPE_FP32\n    dims: [ 1 ]\n  }' in text
+        batched = "g (float[N,16] x, int64[N] s) => (float[N,8] y) { y = MatMul (x, w) }"
+        text = triton_config(model_of(batched, weights_of(1, w=(16, 8))), "m")
+        assert 'name: "s"\n    data_type: TYPE_INT64\n    dims: [ 1 ]\n    reshape { shape: [ ] }' in text
 
 
 def test_command(tmp_path: Path, capsys: Any) -> None:
