@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from onnxslim_ptq.export.lowering import is_ascend, lower_ascend
 from onnxslim_ptq.export.reading import read_quantized
 from onnxslim_ptq.export.renderers import RENDERERS
 from onnxslim_ptq.export.retarget import retarget
-from onnxslim_ptq.export.triton import free_entry, triton_config, write_triton
+from onnxslim_ptq.export.triton import free_entry, staged_triton, triton_config
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.linears import find_linears
 from onnxslim_ptq.graph.opset import PER_CHANNEL_OPSET, raise_opset
@@ -98,13 +99,16 @@ def export(
     agreement = worst_sqnr(errors)
     context = _context(source, origin, rendered, target, agreement)
     inputs = [*source_files(source.path), *([] if float_model is None else source_files(Path(float_model)))]
-    with AtomicFiles(paths, inputs) as files:
+    with ExitStack() as stack:
+        publish = None
+        if triton is not None:
+            publish = stack.enter_context(staged_triton(rendered, Path(triton), paths.model.stem))
+        files = stack.enter_context(AtomicFiles(paths, inputs))
         write_model(rendered, files.temporary.model)
         check_file(renderer.proof(files.temporary.model, files.folder), source=source.proto)
         write_description(describe(reading.plan, reading.graph, rendered.proto, context), files.temporary)
         made = Exported(files.commit(), agreement, notes)
-    if triton is not None:
-        made.triton = write_triton(rendered, Path(triton), made.paths.model.stem)
+        made.triton = None if publish is None else publish()
     return made
 
 

@@ -7,7 +7,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -17,7 +19,7 @@ from calib.errors import GraphError
 from calib.model import Model
 from onnxslim_ptq.export.files import EMBEDDED_LIMIT, create, write_model
 
-__all__ = ["free_entry", "triton_config", "write_triton"]
+__all__ = ["free_entry", "staged_triton", "triton_config"]
 
 _TYPES: dict[int, str] = {
     TensorProto.BOOL: "TYPE_BOOL",
@@ -76,32 +78,45 @@ def free_entry(folder: Path, name: str) -> Path:
     return final
 
 
-def write_triton(model: Model, folder: Path, name: str) -> Path:
-    """Write ``folder/name/config.pbtxt`` and ``folder/name/1/model.onnx`` (external data beside it); returns its path.
+@contextmanager
+def staged_triton(model: Model, folder: Path, name: str) -> Iterator[Callable[[], Path]]:
+    """Write ``folder/name/config.pbtxt`` and ``1/model.onnx`` (external data beside it) there under a hidden name.
 
-    All of it appears at once. Raises GraphError when the place is taken or the disk refuses.
+    The function that is given makes all of it appear at once and returns its path; what did not appear is removed.
+    Raises GraphError when the place is taken or the disk refuses.
     """
     final = free_entry(folder, name)
     config = triton_config(model, final.name)
+    hidden: Path | None = None
     try:
-        folder.mkdir(0o750, parents=True, exist_ok=True)
-        hidden = Path(tempfile.mkdtemp(".tmp", f".{final.name[:40]}.", folder))
-        try:
-            version = hidden / "1"
-            version.mkdir(0o750)
-            write_model(model, version / "model.onnx", external=model.nbytes > EMBEDDED_LIMIT)
+        with _disk_errors(folder):
+            folder.mkdir(0o750, parents=True, exist_ok=True)
+            hidden = Path(tempfile.mkdtemp(".tmp", f".{final.name[:40]}.", folder))
+            (hidden / "1").mkdir(0o750)
+            write_model(model, hidden / "1" / "model.onnx", external=model.nbytes > EMBEDDED_LIMIT)
             with create(hidden / "config.pbtxt") as file:
                 file.write(config.encode())
             hidden.chmod(0o750)
-            os.rename(hidden, final)
-        except BaseException:
+        yield partial(_publish, hidden, final)
+    finally:
+        if hidden is not None:
             shutil.rmtree(hidden, ignore_errors=True)
-            raise
+
+
+def _publish(hidden: Path, final: Path) -> Path:
+    with _disk_errors(final.parent):
+        os.rename(hidden, final)
+    return final
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise GraphError(
             f"'{folder}' cannot be written ({error.strerror}); choose another --triton folder"
         ) from None
-    return final
 
 
 def _batched(values: Sequence[onnx.ValueInfoProto]) -> bool:

@@ -280,7 +280,13 @@ class TestTriton:
         (tmp_path / "n").mkdir()
         with pytest.raises(GraphError, match=r"exists already"):
             export(path, tmp_path / "n" / "m x.onnx", "cpu", triton=tmp_path / "repo")
+        (tmp_path / "file").touch()
+        with pytest.raises(GraphError, match=r"file' cannot be written .*; choose another --triton folder"):
+            export(path, tmp_path / "n" / "m x.onnx", "cpu", triton=tmp_path / "file")
+        with pytest.raises(GraphError, match="is the same file as the input"):
+            export(path, path, "cpu", triton=tmp_path / "repo")
         assert not list((tmp_path / "n").iterdir()), "nothing is written when half of it cannot be"
+        assert [p.name for p in (tmp_path / "repo").iterdir()] == ["m_x"]
 
     def test_fixed_shapes_are_not_batched(self, tmp_path: Path) -> None:
         body = """g (float[4,M] x, int64[M] s) => (float[4,8] y, float z) {
