@@ -209,6 +209,8 @@ class AscendJob:
         ``compiled`` makes of the model file another one, which goes beside it with the suffix .om.
         """
         model, plan = planned.workspace.model(), planned.plan
+        if not plan.weights:
+            _LOG.warning("every layer was left float: the written model computes in float")
         rendered = render_ascend(model, plan, self.target, fuse_add=fuse_add)
         verified = verify(
             self.source,

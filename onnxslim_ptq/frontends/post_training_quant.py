@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from calib.errors import GraphError
 from calib.model import Model, open_model
 from calib.types import Feed
 from onnxslim_ptq.export.files import OutputPaths
@@ -137,9 +138,13 @@ def run_quantize(
     if quant_config.quant_mode == 0:
         feeds = feeds[:1]
     layers = layers_of(source, passes, _OPS)
-    recipe = quant_config.recipe(
-        _disabled(quant_config, source, layers), {layer.op for layer in layers}, passes
-    )
+    disabled = _disabled(quant_config, source, layers)
+    if len(disabled) == len(layers):
+        raise GraphError(
+            f"{source.name}: no layer can be quantized: quantize_nodes, exclude_nodes and is_quant_depthwise_conv "
+            f"exclude all {len(layers)}; name fewer"
+        )
+    recipe = quant_config.recipe(disabled, {layer.op for layer in layers}, passes)
     job = AscendJob(source, recipe, feeds, synthetic, per_channel=_OPS)
     planned = job.plan()
     job.roll_back(planned, quant_config.amp_num, "l2")

@@ -248,7 +248,7 @@ class TestWhichLayers:
         assert "c0" not in exported(convs(), tmp_path, data, **ALL_LAYERS, sigma=0)
 
     def test_nothing_left(self, tmp_path: Path) -> None:
-        with pytest.raises(GraphError, match="no layer can be quantized"):
+        with pytest.raises(GraphError, match="disable_names exclude all 6; switch one off"):
             exported(convs(), tmp_path, None, disable_names=[f"c{i}" for i in range(6)])
 
 
@@ -289,6 +289,10 @@ class TestExport:
             ValueError, match=r"Invalid input shape: \[1, 3\] for input 'x'"
         ):  # with samples, too
             exported(proto, tmp_path, given, **{**config, "input_shape": [[1, 3]]})
+
+    def test_nothing_left_to_quantize_is_told(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        assert not exported(convs(), tmp_path, amp_num=100)
+        assert "the written model computes in float" in caplog.text
 
     def test_models_without_a_layer_say_why(self, tmp_path: Path) -> None:
         proto = embedded(

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from calib.errors import DeviceError
+from calib.errors import DeviceError, GraphError
 from calib.model import open_model
 from calib.provider import require_device
 from calib.types import Feed, InputInfo
@@ -64,6 +64,11 @@ class OnnxCalibrator:
             _LOG.warning("disable_names: '%s' is no layer that can be quantized; the name is ignored", name)
         ends = [*names[: int(cfg.disable_first_layer)], *(names[-1:] if cfg.disable_last_layer else [])]
         disabled = [name for name in names if name in ends or name in (cfg.disable_names or ())]
+        if len(disabled) == len(names):
+            raise GraphError(
+                f"{self._source.name}: no layer is left to quantize: disable_first_layer, disable_last_layer and "
+                f"disable_names exclude all {len(names)}; switch one off"
+            )
         feeds = self._feeds if cfg.label_free else self._feeds[:1]
         job = AscendJob(
             self._source,
