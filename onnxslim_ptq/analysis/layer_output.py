@@ -31,8 +31,8 @@ class LayerOutput:
 def layer_outputs(model: Model, plan: QuantPlan, item: Sample, threads: int = 0) -> dict[str, LayerOutput]:
     """For every layer of ``plan`` with a static activation: ŷ from its quantized input and quantized weight.
 
-    All layers in one run of the float ``model`` on one sample. Source: msModelSlim, amp_num: squant_ptq ranks by the
-    mean squared error, post_training_quant by the norm.
+    All layers in one run of the float ``model`` on one sample; those of float16 in float32 between casts. Source:
+    msModelSlim, amp_num: squant_ptq ranks by the mean squared error, post_training_quant by the norm.
     """
     graph = Graph(model)
     outputs: dict[str, tuple[str, str]] = {}
@@ -42,13 +42,18 @@ def layer_outputs(model: Model, plan: QuantPlan, item: Sample, threads: int = 0)
         if activation is None or isinstance(activation.spec.grain, PerToken):
             continue
         node = graph.node(use.node)
+        held = graph.value(node.inputs[1])
+        assert held is not None, f"layer {node.name} lost its weight"
+        half = held.dtype == np.float16
         key = (node.inputs[0].name, activation.params)
         if key not in seen:
-            seen[key] = _rounded(graph, node.inputs[0], plan.params[activation.params])
+            read = _float32(graph, node.inputs[0], half)
+            seen[key] = _rounded(graph, read, plan.params[activation.params])
         codes = plan.weight_codes[slot.params]
         weight = dequantize(codes.codes, codes.params)
-        stored = graph.constant(f"{node.name}.rounded", weight.astype(graph.value(node.inputs[1]).dtype))  # type: ignore[union-attr]
-        outputs[use.node] = _error(graph, node, [seen[key], stored, *node.inputs[2:]])
+        stored = graph.constant(f"{node.name}.rounded", weight.astype(np.float32 if half else held.dtype))
+        others = [_float32(graph, t, half and bool(t.name)) for t in node.inputs[2:]]
+        outputs[use.node] = _error(graph, node, [seen[key], stored, *others], half)
     tapped = graph.to_model()
     names = [name for pair in outputs.values() for name in pair]
     tapped.proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
@@ -67,6 +72,15 @@ def ranked(found: Iterable[tuple[str, float]], count: int) -> list[str]:
     return [name for name, _ in sorted(found, key=lambda pair: -pair[1])[:count]]
 
 
+def _float32(graph: Graph, tensor: gs.Tensor, half: bool) -> gs.Tensor:
+    if not half:
+        return tensor
+    real = graph.variable(f"{tensor.name}.float")
+    to = {"to": int(onnx.TensorProto.FLOAT)}
+    graph.add_node("Cast", f"{tensor.name}.Cast", [tensor], [real], to)
+    return real
+
+
 def _rounded(graph: Graph, tensor: gs.Tensor, params: QParams) -> gs.Tensor:
     codes, real = graph.variable(f"{tensor.name}.codes"), graph.variable(f"{tensor.name}.rounded")
     scale = graph.constant(f"{tensor.name}.scale", params.scale.astype(np.float32))
@@ -76,13 +90,13 @@ def _rounded(graph: Graph, tensor: gs.Tensor, params: QParams) -> gs.Tensor:
     return real
 
 
-def _error(graph: Graph, node: gs.Node, inputs: list[gs.Tensor]) -> tuple[str, str]:
+def _error(graph: Graph, node: gs.Node, inputs: list[gs.Tensor], half: bool) -> tuple[str, str]:
     def step(op: str, given: list[gs.Tensor], label: str, attrs: dict[str, int] | None = None) -> gs.Tensor:
         made = graph.variable(f"{node.name}.{label}")
         graph.add_node(op, f"{node.name}.{label}", given, [made], attrs)
         return made
 
-    result = node.outputs[0]
+    result = _float32(graph, node.outputs[0], half)
     twin = graph.variable(f"{node.name}.twin")
     graph.add_node(node.op, f"{node.name}.twin", inputs, [twin], dict(node.attrs))
     off = step("Sub", [twin, result], "off")

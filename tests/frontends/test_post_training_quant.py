@@ -53,7 +53,8 @@ def test_minmax_is_over_all_samples(tmp_path: Path) -> None:
         assert layer["offset"] == zero
 
 
-def test_amp_num_ranks_by_the_norm(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_amp_num_ranks_by_the_norm(dtype: Any, tmp_path: Path) -> None:
     """The norm grows with the number of elements, the mean does not: a wide layer of small errors comes first."""
     body = """g (float[1,4,16,16] x) => (float[1,64,16,16] a, float[1,1,1,1] b) {
         [wide] a = Conv (x, w)
@@ -62,14 +63,11 @@ def test_amp_num_ranks_by_the_norm(tmp_path: Path) -> None:
     }"""
     weights = weights_of(1, w=(64, 4, 1, 1), v=(1, 4, 1, 1))
     weights["v"] *= 60
-    proto = embedded(model_of(body, weights))
-    found = quantized(
-        proto,
-        tmp_path,
-        calib_data=[[np.random.default_rng(0).standard_normal((1, 4, 16, 16), np.float32)]],
-        amp_num=1,
-    )
-    assert set(found) == {"small"}
+    if dtype is np.float16:
+        body = body.replace("float[", "float16[")
+    proto = embedded(model_of(body, {name: w.astype(dtype) for name, w in weights.items()}))
+    x = np.random.default_rng(0).standard_normal((1, 4, 16, 16), np.float32).astype(dtype)
+    assert set(quantized(proto, tmp_path, calib_data=[[x]], amp_num=1)) == {"small"}
 
 
 class TestDefects:
