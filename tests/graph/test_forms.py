@@ -333,6 +333,16 @@ def test_approximations_are_as_close_as_they_say(text: str, name: str, distance:
     assert np.isfinite(seen).all()
 
 
+def test_gelu_by_tanh_becomes_a_sigmoid() -> None:
+    model = model_of('g (float[4001] x) => (float[4001] y) { y = Gelu <approximate = "tanh"> (x) }', opset=20)
+    assert APPROXIMATE["gelu_tanh"](Graph(model)) == 0
+    graph = Graph(model)
+    assert APPROXIMATE["gelu_sigmoid"](graph) == 1
+    feed = {"x": np.linspace(-50, 50, 4001, dtype=np.float32)}
+    (exact,), (seen,) = run(model, feed), run(graph.to_model(), feed)
+    assert 0 < np.abs(exact - seen).max() <= 0.021
+
+
 def test_other_uses_of_erf_stay() -> None:
     text = "d = Div (x, root2) e = Erf (d) a = Add (e, one) y = Mul (a, half)"
     graph = Graph(model_of(f"g (float[9] x) => (float[9] y) {{ {text} }}", NUMBERS | {}))

@@ -77,16 +77,14 @@ def _as_fast(w: _Writer, x: gs.Tensor, y: gs.Tensor) -> None:
 
 
 def _replace(graph: Graph, form: _Form) -> int:
-    """Gelu operators, and x · 0.5 · (1 + erf(x / sqrt 2)) in any order of its products, in float32."""
+    """Gelu operators of either kind, and x · 0.5 · (1 + erf(x / sqrt 2)) in any order of its products, in float32."""
     count = 0
     plain = {n.name for n in graph.nodes if n.op == "Gelu" and is_standard(n)}
     kinds = infer_shapes(graph).kinds if plain else {}
     for node in graph.nodes:
         if node.name in plain:
-            if (
-                node.attrs.get("approximate", "none") != "none"
-                or kinds.get(node.inputs[0].name) != TensorProto.FLOAT
-            ):
+            same = node.attrs.get("approximate", "none") == "tanh" and form is _as_tanh
+            if same or kinds.get(node.inputs[0].name) != TensorProto.FLOAT:
                 continue
             source, result, gone = node.inputs[0], node.outputs[0], [node]
         elif node.op == "Erf" and is_standard(node):
