@@ -33,7 +33,10 @@ def timestep_ranges(workspace: Workspace, placed: Mapping[str, PlacedTensor]) ->
     if not depending:
         return {}
     if workspace.recorded is not None or workspace.record is not None:
-        raise RecipeError("act.when: timestep needs the samples themselves; give --calib in place of --stats")
+        raise RecipeError(
+            "act.when: timestep needs the samples themselves, which statistics do not tell apart; "
+            "give quantize --calib in place of --stats"
+        )
     positions = _positions(workspace)
     for one in depending.values():
         assert isinstance(one.while_, BelowTimestep)
