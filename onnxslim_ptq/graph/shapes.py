@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from onnx import NodeProto, TypeProto, defs, helper
+from onnx import NodeProto, TensorProto, TypeProto, defs, helper
 from onnx.reference import ReferenceEvaluator
 
 from calib.types import Array
@@ -158,6 +158,8 @@ def _infer(
 ) -> dict[str, TypeProto]:
     if not is_standard(node) or node.op in _KEEPING:
         return _like_first(proto, types) if node.op in _KEEPING else {}
+    if node.op in _COMPARING:
+        return _broadcast(proto, shapes, types, TensorProto.BOOL)
     version = next((o.version for o in opsets if o.domain in ("", "ai.onnx")), 1)
     inputs = {n: types[n] for n in proto.input if n in types}
     data = {
@@ -172,9 +174,11 @@ def _infer(
         return _broadcast(proto, shapes, types) if node.op in _BROADCASTING else {}
 
 
-# Norms of ONNX Runtime: the first output is shaped like the first input.
+# Norms of ONNX Runtime, and those that onnx has no shape inference for: the first output is like the first input.
 _KEEPING = frozenset(
     {
+        "GroupNormalization",
+        "MeanVarianceNormalization",
         "SimplifiedLayerNormalization",
         "SkipLayerNormalization",
         "SkipSimplifiedLayerNormalization",
@@ -183,6 +187,7 @@ _KEEPING = frozenset(
         "QuickGelu",
     }
 )
+_COMPARING = frozenset({"GreaterOrEqual", "LessOrEqual"})  # from opset 12 to 15 onnx infers no shape for them
 _BROADCASTING = frozenset({"Add", "Sub", "Mul", "Div", "Where", "Pow", "Min", "Max"})
 
 
@@ -190,8 +195,12 @@ def _like_first(proto: NodeProto, types: dict[str, TypeProto]) -> dict[str, Type
     return {proto.output[0]: types[proto.input[0]]} if proto.input[0] in types else {}
 
 
-def _broadcast(proto: NodeProto, shapes: Shapes, types: dict[str, TypeProto]) -> dict[str, TypeProto]:
-    """Broadcasting that leaves a dimension unknown where two sizes disagree (a mask's length is past + present)."""
+def _broadcast(
+    proto: NodeProto, shapes: Shapes, types: dict[str, TypeProto], kind: int | None = None
+) -> dict[str, TypeProto]:
+    """Broadcasting that leaves a dimension unknown where two sizes disagree (a mask's length is past + present).
+
+    ``kind``: the type of the result, by default that of the last input."""
     dims = [shapes.dims.get(name) for name in proto.input]
     if any(d is None for d in dims) or not all(n in types for n in proto.input):
         return {}
@@ -199,7 +208,7 @@ def _broadcast(proto: NodeProto, shapes: Shapes, types: dict[str, TypeProto]) ->
     full = [(1,) * (rank - len(d)) + d for d in dims if d is not None]
     sizes = [set(column) - {1} for column in zip(*full, strict=True)]
     result = [1 if not found else found.pop() if len(found) == 1 else None for found in sizes]
-    kind = types[proto.input[-1]].tensor_type.elem_type
+    kind = types[proto.input[-1]].tensor_type.elem_type if kind is None else kind
     return {proto.output[0]: helper.make_tensor_type_proto(kind, result)}
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
+from onnx import TensorProto
 
 from onnxslim_ptq.graph.shapes import Shapes, fixed_shapes, infer_shapes
 from tests.graph.models import graph_of
@@ -36,6 +38,26 @@ def test_lengths_that_only_the_caller_knows_to_be_equal() -> None:
     )
     assert found.dims["a"] == (11, 13, None)
     assert found.known("o") is None
+
+
+@pytest.mark.parametrize("opset", [12, 14, 15, 16])
+@pytest.mark.parametrize("op", ["LessOrEqual", "GreaterOrEqual"])
+def test_the_causal_mask_of_an_older_opset(op: str, opset: int) -> None:
+    """Below opset 16 onnx infers no shape for these, and with that none for anything behind the mask."""
+    found = shapes_of(
+        f"g (int64[B,1,1,T] k, int64[T,1] q, float[B,4,T,T] x, float[B,4,T,T] z) => (float[N] o) {{ "
+        f"m = {op} (k, q)  w = Where (m, x, z)  o = Softmax (w) }}",
+        opset,
+    )
+    assert found.known("m") == (11, 1, 13, 13)
+    assert found.kinds["m"] == TensorProto.BOOL
+    assert found.known("o") == (11, 4, 13, 13)
+
+
+def test_a_norm_without_inference_keeps_the_shape() -> None:
+    assert shapes_of("g (float[B,4,T] x) => (float[N] o) { o = MeanVarianceNormalization (x) }").known("o") == (
+        11, 4, 13
+    )  # fmt: skip
 
 
 def test_what_cannot_be_known() -> None:

@@ -135,8 +135,8 @@ def _indices(
 
 
 def _compressed(layout: Layout) -> Layout:
-    """Without the axes' extent where nothing changes along them."""
-    for axis in range(layout.ndim):
+    """Without the axes' extent where nothing changes along them; a value without elements stays as it is."""
+    for axis in range(layout.ndim if layout.size else 0):
         first = layout.take([0], axis)
         if layout.shape[axis] > 1 and (layout == first).all():
             layout = first
