@@ -13,20 +13,19 @@ smoothed model are compared with the float model after smoothing; where there is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import onnx
-from onnx import NodeProto, TensorProto
 
 from calib.errors import CalibrationError, GraphError
 from calib.model import Model
 from calib.progress import Listener, Meter
-from calib.provider import Optimize, SessionOptions, create_session
+from calib.provider import SessionOptions, create_session
 from calib.runner import run_session, tap
-from calib.types import Array, Dataset, Feed
+from calib.types import Dataset
 from onnxslim_ptq.analysis.latency import Latency, measure_latency
+from onnxslim_ptq.analysis.layers import LayerError, Locals, find_layers, integer_weights
 from onnxslim_ptq.analysis.metrics import OutputError, worst_sqnr
 from onnxslim_ptq.core.targets import TARGETS
 from onnxslim_ptq.export.exchange import Exchange
@@ -34,37 +33,9 @@ from onnxslim_ptq.export.fusion import Island, dequantized_weights, float_island
 from onnxslim_ptq.export.lowering import is_ascend, lower_ascend
 from onnxslim_ptq.export.qdq import render_qdq
 from onnxslim_ptq.export.reading import read_quantized
-from onnxslim_ptq.graph.linears import LINEAR_OPS
 from onnxslim_ptq.graph.precision import already_quantized
 
-__all__ = ["Comparison", "LayerError", "compare_models"]
-
-_TRANSPARENT = frozenset({"QuantizeLinear", "DequantizeLinear", "Cast"})
-_INTEGER = frozenset({TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4})
-_LOCAL = "@local"
-
-
-@dataclass
-class LayerError:
-    """One layer: ``local`` is None for a layer whose weight is float."""
-
-    node: str
-    op: str
-    tensor: str
-    quantized: bool
-    cumulative: OutputError
-    local: OutputError | None
-
-    def as_json(self) -> dict[str, Any]:
-        local = self.local
-        return {
-            "node": self.node,
-            "op": self.op,
-            "tensor": self.tensor,
-            "quantized": self.quantized,
-            "cumulative": self.cumulative.as_json(),
-            "local": None if local is None else local.as_json(),
-        }
+__all__ = ["Comparison", "compare_models"]
 
 
 @dataclass
@@ -110,10 +81,14 @@ def compare_models(
     outputs, layers, count = _Run(exact, quantized, layered, rescaled or exact, threads).measure(
         data, listener
     )
-    weights = _integer_weights(layered)
+    weights = integer_weights(layered)
     notes = [f for e in outputs for f in e.faults[:1]]
     if not layers:
         notes.append("no layer has the same name in both models: errors of layers are not known")
+    elif lost := sum(layer.quantized and layer.local is None for layer in layers):
+        notes.append(
+            f"{lost} quantized layers have no local error: what they compute with is not in the float model"
+        )
     if foreign:  # what a lowered graph does here says nothing of the device
         return Comparison(outputs, layers, count, None, len(weights), [], [], notes, runs_here=False)
     speed = measure_latency(exact, quantized, next(iter(data))[1], threads) if latency else None
@@ -152,8 +127,8 @@ class _Run:
 
     def __init__(self, exact: Model, quantized: Model, layered: Model, inside: Model, threads: int) -> None:
         self.outputs = [o.name for o in exact.proto.graph.output]
-        self.layers = _layers(inside, layered)
-        self.locals = _Locals(layered, [la for la in self.layers if la.quantized], _tensors(inside))
+        self.layers = find_layers(inside, layered)
+        self.locals = Locals(layered, [la for la in self.layers if la.quantized], inside)
         self.inputs = {i.name for i in exact.proto.graph.input}
         options = SessionOptions(threads=threads)
         results = [layer.tensor for layer in self.layers]
@@ -192,123 +167,3 @@ class _Run:
 
 def _open(proto: onnx.ModelProto, model: Model, options: SessionOptions) -> Any:
     return create_session(proto.SerializeToString(), model.weights, options=options)
-
-
-def _tensors(model: Model) -> set[str]:
-    graph = model.proto.graph
-    return {i.name for i in graph.input} | {o for n in graph.node for o in n.output if o}
-
-
-def _layers(exact: Model, quantized: Model) -> list[LayerError]:
-    graph, known = quantized.proto.graph, _tensors(exact)
-    producers = {o: n for n in graph.node for o in n.output}
-    types = {t.name: t.data_type for t in graph.initializer}
-    casts = {n.input[0]: n.output[0] for n in graph.node if n.op_type == "Cast"}
-    found = []
-    for node in graph.node:
-        if node.op_type in LINEAR_OPS:
-            result = node.output[0] if node.output[0] in known else casts.get(node.output[0])
-            if result in known:  # float16 models compute quantized layers in float32 between casts
-                integer = any(_stored(name, producers, types) for name in node.input)
-                local = OutputError(result) if integer else None
-                found.append(
-                    LayerError(node.name or result, node.op_type, result, integer, OutputError(result), local)
-                )
-    return found
-
-
-def _stored(name: str, producers: dict[str, NodeProto], types: dict[str, int]) -> bool:
-    """Whether the value is an integer initializer behind a DequantizeLinear."""
-    source = producers.get(name)
-    return (
-        source is not None and source.op_type == "DequantizeLinear" and types.get(source.input[0]) in _INTEGER
-    )
-
-
-class _Locals:
-    """All quantized layers in one graph, cut apart: each reads float values of the float model and feeds nobody.
-
-    What a layer reads is followed back through QuantizeLinear, DequantizeLinear and Cast to a value the float model
-    has too, which becomes an input; a layer for which there is none has no local error.
-    """
-
-    def __init__(self, quantized: Model, layers: Sequence[LayerError], known: set[str]) -> None:
-        graph = quantized.proto.graph
-        self._quantized = quantized
-        self._producers = {o: n for n in graph.node for o in n.output}
-        self._constants = {t.name for t in graph.initializer}
-        self._known = known
-        self._nodes: dict[str, NodeProto] = {}  # by first output
-        self.feeds: dict[str, None] = {}
-        self._layers: list[LayerError] = []
-        self._session: Any = None
-        for layer in layers:
-            if self._add_layer(layer.tensor):
-                self._layers.append(layer)
-            else:
-                layer.local = None
-
-    def _add_layer(self, tensor: str) -> bool:
-        """Take in the nodes between the known values a layer reads and ``tensor``, its result."""
-        nodes: dict[str, NodeProto] = {}
-        feeds: dict[str, None] = {}
-        last = self._producers[tensor]
-        linear = self._producers[last.input[0]] if last.op_type == "Cast" else last
-        todo = [name for name in linear.input if name]
-        while todo:
-            name = todo.pop()
-            source = self._producers.get(name)
-            if name in self._constants:
-                continue
-            if name in self._known:
-                feeds[name] = None
-            elif source is not None and source.op_type in _TRANSPARENT:
-                nodes[source.output[0]] = source
-                todo += [i for i in source.input if i]
-            else:
-                return False
-        cut = NodeProto()
-        cut.CopyFrom(last)
-        cut.output[0] += _LOCAL
-        self._nodes |= {**nodes, linear.output[0]: linear, tensor: cut}
-        self.feeds |= feeds
-        return True
-
-    def add(self, values: Feed, exact: Feed, sample: Any) -> None:
-        """Run all layers on the float model's values of one sample."""
-        if not self._layers:
-            return
-        feed = {name: values[name] for name in self.feeds}
-        if self._session is None:
-            self._session = self._open(feed)
-        names = [layer.tensor + _LOCAL for layer in self._layers]
-        for layer, seen in zip(self._layers, run_session(self._session, names, feed, sample), strict=True):
-            assert layer.local is not None
-            layer.local.add(exact[layer.tensor], seen, str(sample))
-
-    def _open(self, feed: dict[str, Array]) -> Any:
-        source = self._quantized.proto
-        proto = onnx.ModelProto(ir_version=source.ir_version, opset_import=source.opset_import)
-        proto.graph.name = "layers"
-        names = [next(iter(n.output), "") for n in source.graph.node]
-        proto.graph.node.extend(self._nodes[name] for name in names if name in self._nodes)
-        read = {name for n in proto.graph.node for name in n.input}
-        proto.graph.initializer.extend(t for t in source.graph.initializer if t.name in read)
-        for name, values in feed.items():
-            kind = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
-            proto.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, None))
-        proto.graph.output.extend(onnx.ValueInfoProto(name=layer.tensor + _LOCAL) for layer in self._layers)
-        weights = {name: w for name, w in self._quantized.weights.items() if name in read}
-        return create_session(
-            proto.SerializeToString(), weights, options=SessionOptions(optimize=Optimize.BASIC, simulate=True)
-        )
-
-
-def _integer_weights(quantized: Model) -> set[str]:
-    graph = quantized.proto.graph
-    types = {t.name: t.data_type for t in graph.initializer if len(t.dims) > 1}
-    return {
-        n.input[0]
-        for n in graph.node
-        if n.op_type == "DequantizeLinear" and types.get(n.input[0]) in _INTEGER
-    }

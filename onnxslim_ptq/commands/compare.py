@@ -17,7 +17,8 @@ from onnxslim_ptq.errors import QuantizationError
 
 if TYPE_CHECKING:
     from calib.model import Model
-    from onnxslim_ptq.analysis.compare import Comparison, LayerError
+    from onnxslim_ptq.analysis.compare import Comparison
+    from onnxslim_ptq.analysis.layers import LayerError
     from onnxslim_ptq.export.fusion import Island
 
 __all__ = ["compare"]

@@ -15,7 +15,8 @@ from calib.provider import SessionOptions
 from calib.runner import collect
 from calib.stats import ChannelStats, HistogramStats
 from calib.types import Probe, Sample, Stats
-from onnxslim_ptq.analysis.compare import Comparison, LayerError
+from onnxslim_ptq.analysis.compare import Comparison
+from onnxslim_ptq.analysis.layers import LayerError
 from onnxslim_ptq.analysis.metrics import OutputError
 from onnxslim_ptq.api import Result
 from onnxslim_ptq.core.spec import Slot, Use

@@ -16,9 +16,11 @@ from calib.model import open_model
 from calib.readers import from_iterable
 from onnxslim_ptq import quantize
 from onnxslim_ptq.analysis.compare import Comparison, compare_models
+from onnxslim_ptq.analysis.layers import Locals, find_layers
 from onnxslim_ptq.cli import main
 from onnxslim_ptq.export import description
 from tests.graph.models import feed_for
+from tests.models import feeds_for, parse, weights_of
 from tools import nets
 
 DIGITS = Path(__file__).resolve().parents[2] / "tools" / "digits"
@@ -267,3 +269,33 @@ def test_layers_of_an_ascend_model(make: Any, tmp_path: Path, capsys: Captured) 
     assert main(["compare", *files[:2], "--eval", files[2]]) == 0
     text = capsys.readouterr().out
     assert f"int8 weights: {found.integer_weights}\n" in text
+
+
+@pytest.mark.parametrize("recipe", ["w8a8-dynamic", "w8a8-pdmix"])
+def test_layers_with_activations_per_token_have_errors_of_their_own(recipe: str) -> None:
+    """What gives the rows their scale back belongs to the layer: of one layer, local error = error of the output."""
+    proto = parse("g (float[B,6] x) => (float[B,5] y) { y = MatMul (x, w) }", weights_of(1, w=(6, 5)), 17, 8)
+    feeds = feeds_for(proto, 12, {"B": 3})
+    result = quantize(proto, recipe, feeds, target="generic")
+    samples = list(from_iterable(feeds, result.source.inputs()))
+    found = compare_models(result.source, result.quantized, samples, latency=False)
+    (layer,) = found.layers
+    assert layer.local is not None
+    assert layer.local.sqnr == pytest.approx(found.outputs[0].sqnr, abs=0.01)
+    assert found.notes == []
+
+
+def test_layers_without_an_error_of_their_own_are_counted() -> None:
+    """A layer behind an input that only the quantized model has."""
+    proto = parse("g (float[B,6] x) => (float[B,5] y) { y = MatMul (x, w) }", weights_of(1, w=(6, 5)), 17, 8)
+    feeds = feeds_for(proto, 12, {"B": 3})
+    result = quantize(proto, "w8a8-minmax", feeds, target="generic")
+    changed = onnx.ModelProto()
+    changed.CopyFrom(result.model)
+    first = next(n for n in changed.graph.node if n.op_type == "QuantizeLinear")
+    changed.graph.node.insert(0, onnx.helper.make_node("Add", [first.input[0], "more"], ["sum"]))
+    changed.graph.node[1].input[0] = "sum"
+    changed.graph.input.append(onnx.helper.make_tensor_value_info("more", 1, [1]))
+    layers = find_layers(open_model(proto), open_model(changed))
+    Locals(open_model(changed), layers, open_model(proto))
+    assert [(layer.quantized, layer.local) for layer in layers] == [(True, None)]
