@@ -151,7 +151,9 @@ def test_a_model_without_common_layers() -> None:
     )
     found = _run(
         FLOAT,
-        renamed.replace("z = MatMul(yd, vd)", "zz = MatMul(yd, vd) z = Identity(zz)"),
+        renamed.replace(
+            "z = MatMul(yd, vd)", "zz = MatMul(yd, vd) za = Neg(zz) zb = Abs(zz) z = Add(za, zb)"
+        ),
         [{"x": np.ones((2, 2))}],
     )
     assert found.layers == []
