@@ -86,6 +86,8 @@ class QuantConfig:
         require_int("amp_num", self.amp_num, 0)
         for name in _FLAGS:
             require_type(name, getattr(self, name), bool)
+        if not self.is_signed_quant:
+            _LOG.warning("is_signed_quant=False: AscendQuant makes int8 codes, so they stay signed")
         self.calib_data = [] if self.calib_data is None else self.calib_data
         require_type("calib_data", self.calib_data, list)
         for name in ("quantize_nodes", "exclude_nodes"):

@@ -190,6 +190,13 @@ class TestArguments:
         with pytest.raises(error, match=text):
             QuantConfig(**given)
 
+    def test_what_cannot_act_is_told(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        signed = quantized(convs(), tmp_path)
+        assert not caplog.records
+        unsigned = quantized(convs(), tmp_path, is_signed_quant=False)
+        assert "is_signed_quant=False: AscendQuant makes int8 codes" in caplog.text
+        assert {n: f["offset"] for n, f in signed.items()} == {n: f["offset"] for n, f in unsigned.items()}
+
     def test_no_config(self, tmp_path: Path) -> None:
         with pytest.raises(TypeError, match="quant_config must be QuantConfig, not dict"):
             run_quantize("m.onnx", "q.onnx", {})  # type: ignore[arg-type]
