@@ -7,6 +7,8 @@ number. The scale is s = float32(1 / scale), as `core.qmath.reciprocal_pair` arr
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
@@ -41,16 +43,25 @@ def lower_ascend(model: Model) -> Model:
         step, zero = quant_numbers(node)
         codes = node.outputs[0].name
         zeros[codes] = _quantize(graph, node, step, zero)
-    trailing: dict[str, int] = {}
+    layers: dict[str, _Layer] = {}
     for node in graph.nodes:
         source = node.inputs[0].name if node.inputs else ""
         if source in zeros and node.op != "QuantizeLinear":
-            _integer_layer(graph, node, zeros[source], trailing)
+            result = node.outputs[0].name
+            layers[result] = _integer_layer(graph, node, zeros[source])
     for node in [n for n in graph.nodes if n.op == "AscendDequant"]:
-        _dequantize(graph, node, trailing)
+        _dequantize(graph, node, layers)
     lowered = graph.to_model()
     lowered.proto.ir_version = lowest_ir(lowered.proto)
     return lowered
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The output channels of a layer, and how many axes lie behind theirs: the positions of a Conv."""
+
+    channels: int
+    trailing: int
 
 
 def _quantize(graph: Graph, node: gs.Node, scale: np.float32, zero: int) -> gs.Constant:
@@ -62,7 +73,7 @@ def _quantize(graph: Graph, node: gs.Node, scale: np.float32, zero: int) -> gs.C
     return zero_point
 
 
-def _integer_layer(graph: Graph, node: gs.Node, zero: gs.Constant, trailing: dict[str, int]) -> None:
+def _integer_layer(graph: Graph, node: gs.Node, zero: gs.Constant) -> _Layer:
     name, op = node.name, node.op
     values = layer_weight(graph, node, node.inputs[0])
     codes, weight, result = node.inputs[0], node.inputs[1], node.outputs[0]
@@ -73,24 +84,29 @@ def _integer_layer(graph: Graph, node: gs.Node, zero: gs.Constant, trailing: dic
     sums = result if bias is None else graph.variable(f"{result.name}.products")
     kind = "ConvInteger" if op == "Conv" else "MatMulInteger"
     graph.add_node(kind, name, [codes, weight, zero], [sums], attrs)
-    trailing[result.name] = values.ndim - 2 if op == "Conv" else 0
+    layer = _Layer(values.shape[0], values.ndim - 2) if op == "Conv" else _Layer(values.shape[-1], 0)
     if bias is not None and numbers is not None:
-        spread = graph.constant(f"{bias.name}.spread", _behind(numbers, trailing[result.name]))
+        spread = graph.constant(f"{bias.name}.spread", _behind(numbers, layer.trailing))
         graph.add_node("Add", f"{name}.bias", [sums, spread], [result])
+    return layer
 
 
-def _dequantize(graph: Graph, node: gs.Node, trailing: dict[str, int]) -> None:
+def _dequantize(graph: Graph, node: gs.Node, layers: dict[str, _Layer]) -> None:
     deq = dequant_scale(graph, node)
     sums, result, name = node.inputs[0], node.outputs[0], node.name
     made, first = graph.producer(sums), sums.name
-    if first not in trailing and made is not None and made.op == "Add":
-        first = next((t.name for t in made.inputs if t.name in trailing), "")
-    if first not in trailing:
+    if first not in layers and made is not None and made.op == "Add":
+        first = next((t.name for t in made.inputs if t.name in layers), "")
+    if first not in layers:
         raise GraphError(f"node '{name}': AscendDequant reads no layer behind AscendQuant")
     graph.remove(node)
     real = graph.variable(f"{name}.float")
     graph.add_node("Cast", f"{name}.Cast", [sums], [real], {"to": int(TensorProto.FLOAT)})
-    scale = graph.constant(f"{name}.scale", _behind(deq, trailing[first]))
+    layer = layers[first]
+    # One number per channel, although one may do: ONNX Runtime (1.31) folds a factor that is a single number into the
+    # MatMul behind it and forgets its other readers.
+    wide = np.broadcast_to(deq, layer.channels) if deq.size == 1 else deq
+    scale = graph.constant(f"{name}.scale", _behind(wide, layer.trailing))
     graph.add_node("Mul", name, [real, scale], [result])
 
 

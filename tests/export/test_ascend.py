@@ -265,6 +265,21 @@ def test_files_of_others_are_refused_in_one_line(body: str, message: str, run_pa
         run_pass(model)
 
 
+def test_a_value_that_attention_reads_thrice_survives_optimization() -> None:
+    """ONNX Runtime folds a scale that is a single number into the products behind it and loses the other readers."""
+    body = """g (float[2,3,8] x) => (float[2,3,8] y) {
+        [qkv] v = MatMul (x, w)
+        d = Div (v, two) unread = Div (v, two)
+        t = Transpose <perm = [0, 2, 1]> (v)
+        s = MatMul (d, t) p = Softmax (s) y = MatMul (p, v)
+    }"""
+    model = model_of(body, {**weights_of(1, w=(8, 8)), "two": np.float32(2)})
+    lowered = embedded(lower_ascend(render_ascend(model, planned(model), TARGET)))
+    feed = feed_for(embedded(model))
+    (plain,), (optimized,) = run(lowered, feed), run(lowered, feed, optimize=True)
+    np.testing.assert_allclose(optimized, plain, rtol=1e-4, atol=1e-5)
+
+
 def test_a_wrong_form_is_caught() -> None:
     """A scale off by a tenth: the lowered graph is far from the QDQ form, and verification says so."""
     body = "g (float[16,64] x) => (float[16,96] y) { [mm] y = MatMul (x, w) }"
