@@ -17,7 +17,10 @@ def asked_by(given: Mapping[str, Any]) -> Asked:
     from calib.readers import parse_range, parse_shape
     from calib.saved.store import Statistics
     from onnxslim_ptq.asked import Asked
+    from onnxslim_ptq.commands.preflight import require_device_name
     from onnxslim_ptq.commands.samples import with_data
+
+    require_device_name(given.get("device", "cpu"))
 
     stats = given.get("stats")
     return Asked.of(

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from onnxslim_ptq.errors import QuantizationError
+from calib import devices
+from onnxslim_ptq.commands.console import warn
+from onnxslim_ptq.errors import DeviceError, QuantizationError
 
-__all__ = ["require_page", "require_place", "require_samples"]
+if TYPE_CHECKING:
+    from onnxslim_ptq.asked import Asked
+
+__all__ = ["require_device_name", "require_page", "require_place", "require_samples", "warn_without_data"]
 
 _PAGE = (".html", ".htm")
 
@@ -31,6 +37,27 @@ def require_page(path: Path) -> None:
     folder = next((p for p in path.absolute().parents if p.exists()), Path("/"))
     if path.is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise QuantizationError(f"--report '{path}' cannot be written; choose a file in a folder of yours")
+
+
+def require_device_name(text: str) -> None:
+    """QuantizationError for a device that is misspelt: a wrong argument, not one that is absent."""
+    try:
+        devices.Device.parse(text)
+    except DeviceError as error:
+        raise QuantizationError(f"--device: {error}") from None
+
+
+def warn_without_data(model: Path, asked: Asked) -> None:
+    """Say plainly that ranges will come from random numbers, where they will."""
+    from onnxslim_ptq.recipe import Recipe
+
+    recipe = Recipe.load(asked.recipe)
+    given = asked.calib_data is not None or recipe.data.sets or asked.stats is not None
+    if not given and recipe.needs_ranges and model.is_file():
+        warn(
+            "no --calib: activation ranges come from synthetic samples (random numbers), not from real data; "
+            "accuracy on real inputs is unknown"
+        )
 
 
 def require_samples(stacked: bool, *files: object) -> None:

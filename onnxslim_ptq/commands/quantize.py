@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from calib import devices
 from onnxslim_ptq.commands import options as opt
 from onnxslim_ptq.commands.console import Bars, warn
 from onnxslim_ptq.commands.given import asked_by
-from onnxslim_ptq.commands.preflight import require_page, require_place, require_samples
+from onnxslim_ptq.commands.preflight import require_page, require_place, require_samples, warn_without_data
 from onnxslim_ptq.commands.session import asked_files, with_session
-from onnxslim_ptq.errors import DeviceError, QuantizationError
+from onnxslim_ptq.errors import QuantizationError
 
 if TYPE_CHECKING:
     from onnxslim_ptq.api import Result
@@ -121,7 +120,7 @@ def quantize(
 ) -> None:
     """Quantize MODEL, verify the result against it, write OUT and its weights JSON."""
     given = dict(locals())  # every parameter by name: from here on they travel together
-    _check_values(device, min_sqnr)
+    _check_values(min_sqnr)
     _check_combinations(given)
     given = with_session(given)
     asked = asked_by(given)
@@ -149,11 +148,7 @@ class _Wanted:
     verbose: bool
 
 
-def _check_values(device: str, min_sqnr: float) -> None:
-    try:
-        devices.Device.parse(device)
-    except DeviceError as error:  # a misspelt device is a wrong argument, not one that is absent
-        raise QuantizationError(f"--device: {error}") from None
+def _check_values(min_sqnr: float) -> None:
     if not (math.isfinite(min_sqnr) and min_sqnr >= 0):
         raise QuantizationError(f"--min-sqnr {min_sqnr}: give a number of dB, 0 or more")
 
@@ -181,14 +176,8 @@ def _run(model: Path, out: Path, asked: Asked, wanted: _Wanted) -> None:
     from onnxslim_ptq.commands.worst import look_closer, worst_layers
     from onnxslim_ptq.recipe import Recipe
 
-    recipe = Recipe.load(asked.recipe)
-    require_place(model, out, asked.device, recipe.quant_type)
-    data_free = asked.calib_data is None and not recipe.data.sets and asked.stats is None
-    if data_free and model.is_file() and recipe.needs_ranges:
-        warn(
-            "no --calib: activation ranges come from synthetic samples (random numbers), not from real data; "
-            "accuracy on real inputs is unknown"
-        )
+    require_place(model, out, asked.device, Recipe.load(asked.recipe).quant_type)
+    warn_without_data(model, asked)
     report = wanted.report
     with Bars(wanted.quiet) as bars:
         result = quantize_as(model, replace(asked, listener=bars))

@@ -15,7 +15,7 @@ import typer
 from onnxslim_ptq.commands import options as opt
 from onnxslim_ptq.commands.console import Bars, columns, db, emit_json, program, say, warn
 from onnxslim_ptq.commands.given import asked_by
-from onnxslim_ptq.commands.preflight import require_place, require_samples
+from onnxslim_ptq.commands.preflight import require_place, require_samples, warn_without_data
 from onnxslim_ptq.commands.session import with_session
 from onnxslim_ptq.errors import QuantizationError
 
@@ -104,6 +104,7 @@ def tune(
     asked = asked_by(given)
     own = load_evaluator(evaluator) if evaluator else None
     require_place(model, out, asked.device, Recipe.load(asked.recipe).quant_type)
+    warn_without_data(model, asked)
     trials = history or out.with_name(f"{out.name}.tune.jsonl")
     with Bars(json) as bars:
         asked = replace(asked, listener=bars)

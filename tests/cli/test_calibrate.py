@@ -141,6 +141,17 @@ def test_nothing_to_gather_is_a_warning(tmp_path: Path, capsys: Captured) -> Non
     assert "holds no statistics, because no layer" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["calibrate", "quantize", "analyze", "tune"])
+def test_a_misspelt_device_is_a_wrong_argument(command: str, tmp_path: Path, capsys: Captured) -> None:
+    """2, where a device that is not there is 4."""
+    before = {"analyze": ["linear", MODEL], "tune": [MODEL, str(tmp_path / "o"), "--goal", "sqnr>=1"]}
+    args = before.get(command, [MODEL, str(tmp_path / "o")])
+    for device, code in (("tpu", 2), ("npu:x", 2), ("npu", 4)):
+        assert main([command, *args, "--calib", CALIB, "--device", device]) == code
+    assert "--device: device 'npu:x' is unknown" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_is_refused(stats: str, halves: list[str], tmp_path: Path, capsys: Captured) -> None:
     out = str(tmp_path / "m.onnx")
     cases = {

@@ -159,3 +159,8 @@ def test_explicit_smoothing_replaces_the_recipes_own() -> None:
     assert smoothing["type"] == "auto_smooth"
     assert "unfused" in smoothing["groups"]
     assert rest == own["steps"][1:]
+
+
+def test_without_data_it_says_so(tmp_path: Path, capsys: Captured) -> None:
+    assert main(["tune", MODEL, str(tmp_path / "t.onnx"), "--goal", "sqnr>=1"]) == 0
+    assert "activation ranges come from synthetic samples" in capsys.readouterr().err
