@@ -20,6 +20,7 @@ from calib.scope import subgraphs
 from calib.types import Array
 
 __all__ = [
+    "SIGNED_OPTION",
     "Optimize",
     "SessionOptions",
     "create_session",
@@ -51,6 +52,11 @@ class SessionOptions:
     frugal: bool = False
     lanes: int = 0
     prepack: bool = True
+
+
+# From opset 21 on ONNX Runtime 1.31 moves int8 quantizers on x86, makes them uint8 and then refuses its own work.
+SIGNED_OPTION = "session.qdqisint8allowed"
+_UNSIGNED = "output_dtype INT8 does not match y_zero_point type UINT8"
 
 
 class Optimize:
@@ -108,7 +114,12 @@ def create_session(
     if weights and isinstance(model, bytes):
         weights = _only_read(model, weights)
     try:
-        return new_session(ort, model, weights or {}, options, [CPU])
+        try:
+            return new_session(ort, model, weights or {}, options, [CPU])
+        except Exception as error:
+            if _UNSIGNED not in str(error):
+                raise
+            return new_session(ort, model, weights or {}, options, [CPU], signed=True)
     except Exception as error:  # ONNX Runtime raises many classes; their text is what the user needs
         raise GraphError(f"ONNX Runtime {ort.__version__} cannot load the model: {one_line(error)}") from None
 
@@ -122,10 +133,12 @@ def new_session(
     *,
     record: bool = False,
     profile: bool = False,
+    signed: bool = False,
 ) -> Any:
     """An InferenceSession as ``options`` say, without falling back to other providers; raises what ONNX Runtime raises.
 
-    ``record`` and ``profile`` are two ways to learn later which provider took which node (calib.devices.placement).
+    ``signed``: int8 activations stay int8 (`SIGNED_OPTION`). ``record`` and ``profile`` are two ways to learn later
+    which provider took which node (calib.devices.placement).
     """
     settings = ort.SessionOptions()
     # Fatal only: errors are raised, and need not stand on stderr as well. In a child process they tell the reason.
@@ -138,6 +151,8 @@ def new_session(
         Optimize.ALL: levels.ORT_ENABLE_ALL,
     }[options.optimize]
     add = settings.add_session_config_entry
+    if signed:
+        add(SIGNED_OPTION, "1")
     if not options.prepack:
         settings.add_session_config_entry("session.disable_prepacking", "1")
     if options.frugal:
@@ -160,6 +175,7 @@ def new_session(
         disabled_optimizers=["WeightBiasQuantization"] if options.simulate else [],
         enable_fallback=0,
     )
+    session.signed = signed
     session.shared_weights = shared  # it reads them where they lie, so they must live as long as it does
     return session
 

@@ -14,7 +14,7 @@ from calib.blocks.spool import Spool
 from calib.errors import CalibrationError, GraphError
 from calib.model import Model
 from calib.progress import Listener, Meter
-from calib.provider import Optimize, SessionOptions
+from calib.provider import SIGNED_OPTION, Optimize, SessionOptions
 from calib.runner import run_session
 from calib.types import Array, Dataset, Feed, Sample, SampleId
 from onnxslim_ptq.analysis.metrics import OutputError, worst_sqnr
@@ -27,6 +27,10 @@ __all__ = ["Verification", "compare_outputs", "verify"]
 _UNOPTIMIZED_SAMPLES = 1
 _TOLERANCE_DB = 0.5
 _MANY, _WORSE_DB = 1024, 6.0
+_NEEDS_SIGNED = (
+    f"ONNX Runtime loads this model on x86 only with the session option {SIGNED_OPTION} = 1 (int8 activations, "
+    "opset 21 or newer); a float model of opset 20 or lower, or target cpu, does without"
+)
 
 
 @dataclass
@@ -88,6 +92,7 @@ def verify(
         meter.at(count)
     if first is None:
         raise CalibrationError("there is no sample to verify the result on; give at least one")
+    needs = [_NEEDS_SIGNED] if getattr(fast, "signed", False) else []
     del exact, fast  # the unoptimized session needs the room: it keeps every value of the graph
     items = [item for item, _ in again]
     plain = _plain(quantized, names, items, replace(options, optimize=Optimize.OFF), spool)
@@ -104,7 +109,7 @@ def verify(
             f"{faults[0]}; exclude layers or calibrate with more samples"
             + (f" ({len(faults) - 1} more)" if len(faults) > 1 else "")
         )
-    return Verification(total, len(data), first, _disagreements(few_fast, few_plain))
+    return Verification(total, len(data), first, [*needs, *_disagreements(few_fast, few_plain)])
 
 
 def compare_outputs(exact: Any, seen: Any, names: Sequence[str], data: Dataset) -> list[OutputError]:

@@ -21,7 +21,7 @@ from onnxslim_ptq.core.spec import Use
 from onnxslim_ptq.graph.edit import is_standard
 from onnxslim_ptq.graph.graph import Graph
 from onnxslim_ptq.graph.names import noted_scope
-from onnxslim_ptq.graph.shapes import Shapes, infer_shapes
+from onnxslim_ptq.graph.shapes import Shapes, fixed_shapes, infer_shapes
 
 __all__ = ["Attention", "Entry", "find_attention"]
 
@@ -39,8 +39,9 @@ _FUSED = {
 class Entry:
     """A value that enters attention: ``tensor``, read by ``use``, with ``heads`` heads on ``axis``.
 
-    ``width``: elements of one head on that axis, 1 where the heads have an axis of their own. One head of rank 3
-    (axis 0) stands for heads that lie in the batch and cannot be told apart.
+    ``width``: elements of one head on that axis, 1 where the heads have an axis of their own. A single head is on the
+    last axis where its size is fixed: from opset 21 on ONNX Runtime 1.31 cannot load int8 with one scale. One head of
+    rank 3 stands for heads that lie in the batch and cannot be told apart.
     """
 
     use: Use
@@ -72,14 +73,14 @@ class Attention:
 
 def find_attention(graph: Graph) -> tuple[list[Attention], dict[str, str]]:
     """Every attention in graph order, and why a node that looks like one is none; names are unique (``#2``)."""
-    shapes = infer_shapes(graph)
+    shapes, fixed = infer_shapes(graph), fixed_shapes(graph)
     found: list[Attention] = []
     reasons: dict[str, str] = {}
     taken: dict[str, int] = {}
     for node in graph.nodes:
         made: Attention | str | None = None
         if node.op == "Softmax" and is_standard(node):
-            made = _decomposed(graph, shapes, node)
+            made = _decomposed(graph, shapes, fixed, node)
         elif (node.domain or "") in _FUSED.get(node.op, ()):
             made = _fused(graph, shapes, node)
         if isinstance(made, str):
@@ -91,14 +92,14 @@ def find_attention(graph: Graph) -> tuple[list[Attention], dict[str, str]]:
     return found, reasons
 
 
-def _decomposed(graph: Graph, shapes: Shapes, softmax: gs.Node) -> Attention | str | None:
+def _decomposed(graph: Graph, shapes: Shapes, fixed: Shapes, softmax: gs.Node) -> Attention | str | None:
     """From the Softmax back to the product of queries and keys, and on to the product with the values."""
     before = _scores(graph, softmax.inputs[0])
     behind = _context(graph, softmax)
     if before is None or behind is None:
         return None  # a Softmax of something else
     scores, context = before[0], behind[-1]
-    entries = [_entry(graph, shapes, *spot) for spot in ((scores, 0), (scores, 1), (context, 1))]
+    entries = [_entry(graph, shapes, fixed, *spot) for spot in ((scores, 0), (scores, 1), (context, 1))]
     bad = next((entry for entry in entries if isinstance(entry, str)), None)
     if bad is not None:
         return bad
@@ -144,7 +145,7 @@ def _context(graph: Graph, softmax: gs.Node) -> list[gs.Node] | None:
     return None
 
 
-def _entry(graph: Graph, shapes: Shapes, node: gs.Node, port: int) -> Entry | str:
+def _entry(graph: Graph, shapes: Shapes, fixed: Shapes, node: gs.Node, port: int) -> Entry | str:
     """Walk back from one operand of a product to the value before its arrangement."""
     while True:
         tensor = node.inputs[port]
@@ -159,6 +160,9 @@ def _entry(graph: Graph, shapes: Shapes, node: gs.Node, port: int) -> Entry | st
     heads = dims[1] if len(dims) == 4 else 1
     if not heads:
         return f"the number of heads of '{tensor.name}' is not fixed"
+    width = fixed.dims.get(tensor.name, (None,))[-1]
+    if heads == 1 and width:
+        return Entry(Use(node.name, port), tensor.name, len(dims) - 1, 1, int(width))
     return Entry(Use(node.name, port), tensor.name, 1 if len(dims) == 4 else 0, int(heads))
 
 

@@ -119,10 +119,10 @@ def probes(values: Chosen) -> list[Probe]:
 
 
 def _probe(entry: Entry) -> Probe:
-    if entry.width > 1:
-        return Probe(entry.tensor, "channel", entry.axis)
     if entry.heads == 1:
         return Probe(entry.tensor, "histogram")
+    if entry.width > 1:
+        return Probe(entry.tensor, "channel", entry.axis)
     return Probe(entry.tensor, "channel_histogram", entry.axis, (("channels", float(entry.heads)),))
 
 
@@ -143,7 +143,9 @@ def _range(one: _One, seen: Stats) -> Range:
     entry = one.entry
     method = RecallWindow(one.share)
     if isinstance(seen, HistogramStats):
-        return method.range_of({"histogram": seen}, _GRID)
+        rng = method.range_of({"histogram": seen}, _GRID)
+        lo, hi = (np.full(entry.width, v) if entry.width > 1 else v for v in (rng.lo, rng.hi))
+        return Range(lo, hi)
     if isinstance(seen, ChannelHistogramStats) and len(seen.channels) == entry.heads:
         return per_channel(method, seen.channels, _GRID)
     if isinstance(seen, ChannelStats) and seen.seen and len(seen.lo) == entry.heads * entry.width:
