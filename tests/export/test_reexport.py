@@ -12,7 +12,7 @@ import pytest
 from onnx import numpy_helper
 
 from calib.model import open_model
-from onnxslim_ptq import quantize
+from onnxslim_ptq import exporting, quantize
 from onnxslim_ptq.cli import main
 from onnxslim_ptq.core.targets import TARGETS
 from onnxslim_ptq.errors import GraphError, RecipeError, VerificationError
@@ -163,6 +163,21 @@ def test_too_little_agreement_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(VerificationError, match=r"agrees with .* dB only, below 90"):
         export(path, tmp_path / "o.onnx", "ascend", float_model=tmp_path / "float.onnx", min_agreement=90.0)
     assert not (tmp_path / "o.onnx").exists()
+
+
+def test_the_float_model_tells_whether_another_answer_is_a_worse_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(mlp, "cpu", tmp_path)
+    floats: dict[str, Any] = {"float_model": tmp_path / "float.onnx", "min_agreement": 80}
+    made = export(path, tmp_path / "o.onnx", "ascend", **floats)
+    assert made.agreement_db is not None
+    assert made.agreement_db < 80
+    assert "dB from the float model on these samples, the source " in made.notes[-1]
+    monkeypatch.setattr(exporting, "_FURTHER_DB", -60.0)
+    with pytest.raises(VerificationError, match="dB only, below 80"):
+        export(path, tmp_path / "p.onnx", "ascend", **floats)
+    assert not (tmp_path / "p.onnx").exists()
 
 
 def test_the_float_model_is_an_input_too(tmp_path: Path) -> None:
