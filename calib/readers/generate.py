@@ -158,7 +158,8 @@ def _check_bounds(info: InputInfo, family: str, bounds: tuple[float, float]) -> 
     whole = family == "f" or (float(low).is_integer() and float(high).is_integer())
     if not whole or low < float(limits.min) or high > float(limits.max):
         raise CalibrationError(
-            f"{place}: not values of {info.dtype}; choose bounds within {limits.min}..{limits.max}"
+            f"{place}: not values of {info.dtype}; choose {'bounds' if family == 'f' else 'whole numbers'} within "
+            f"{limits.min}..{limits.max}"
         )
 
 

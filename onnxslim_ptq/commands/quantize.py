@@ -220,5 +220,5 @@ def _write_report(facts: dict[str, Any] | None, summary: Summary, path: Path) ->
         ]
     from onnxslim_ptq.reporting import write_report
 
-    write_report({**facts, "bytes": list(summary.nbytes), "next": summary.tune()}, path)
+    write_report({**facts, "bytes": list(summary.nbytes), "next": summary.improve()}, path)
     return []

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["MEASURED_ON", "Summary", "cache_line", "cpu_line", "float_lines"]
 
 _FEW, _FEW_OF_EACH = 8, 3
+_GOOD_DB = 60.0  # of the worst output: float16 is about as far from float32
 MEASURED_ON = {
     "held-out": "held-out samples",
     "eval": "--eval samples",
@@ -129,26 +130,35 @@ class Summary:
         )
         return [f"worst layers alone: {named}", f"  to leave them float, add {options}"]
 
-    def tune(self) -> str:
-        """The command that finds a result 3 dB better."""
-        goal = math.ceil(min(self.result.metrics["sqnr_db"] or 0.0, 90.0) + 3)
-        models = " ".join(shlex.quote(str(p)) for p in (self.result.source.path, self.paths.model))
-        stacked = " --stacked" if self.asked.stacked else ""
-        return f'{program()} tune {models}{self._calib()}{stacked}{self.again.form} --goal "sqnr>={goal}"'
+    def improve(self) -> str:
+        """The command that finds a result 3 dB better; where there is nothing to gain, the one that looks closer."""
+        sqnr = self.result.metrics["sqnr_db"]
+        if sqnr is None or sqnr >= _GOOD_DB:
+            return self.next()
+        form = self.again.form
+        if self.asked.reduce_range != "auto":
+            form += f" --reduce-range {self.asked.reduce_range}"
+        goal = f'--goal "sqnr>={math.ceil(sqnr + 3)}"'
+        return f"{program()} tune {self._models()}{self._calib()}{self._eval()}{self._stacked()}{form} {goal}"
+
+    def _models(self) -> str:
+        return " ".join(shlex.quote(str(p)) for p in (self.result.source.path, self.paths.model))
 
     def _calib(self) -> str:
         given = self.asked.calib_data or (() if self.result.recipe.data.sets else ("SAMPLES",))
-        return "".join(f" --calib {shlex.quote(str(p))}" for p in given)
+        first = f" --samples {self.asked.samples}" if self.asked.samples and given else ""
+        return "".join(f" --calib {shlex.quote(str(p))}" for p in given) + first
+
+    def _eval(self) -> str:
+        return f" --eval {shlex.quote(str(self.asked.eval_data))}" if self.asked.eval_data else ""
+
+    def _stacked(self) -> str:
+        return " --stacked" if self.asked.stacked else ""
 
     def next(self) -> str:
-        samples = self._calib()
-        if self.asked.eval_data:
-            samples = f" --eval {shlex.quote(str(self.asked.eval_data))}"
-        models = " ".join(shlex.quote(str(p)) for p in (self.result.source.path, self.paths.model))
-        stacked = " --stacked" if self.asked.stacked else ""
-        return (
-            f"{program()} compare {models}{samples}{stacked}{self.again.data}  (error of each layer, speed)"
-        )
+        """The command that looks closer, on the same samples."""
+        samples = (self._eval() or self._calib()) + self._stacked() + self.again.data
+        return f"{program()} compare {self._models()}{samples}  (error of each layer, speed)"
 
     def show_json(self) -> None:
         before, after = self.nbytes

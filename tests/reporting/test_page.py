@@ -203,6 +203,22 @@ def test_an_exact_result_is_not_unknown() -> None:
     assert {output["sqnr_db"] for output in facts["outputs"]} == {999.0}
 
 
+def test_the_suggested_commands_use_the_same_samples(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, out, calib = tmp_path / "p.html", tmp_path / "o.onnx", str(DIGITS / "calib")
+    command = [str(DIGITS / "digits.onnx"), str(out), "--calib", calib, "--report", str(page)]
+    assert main([*command, "--samples", "40", "--reduce-range", "on"]) == 0
+    again = f"{DIGITS / 'digits.onnx'} {out} --calib {calib} --samples 40"
+    assert f"next: onnxslim-ptq compare {again}  (error" in capsys.readouterr().out
+    suggested = facts_of(page.read_text())["next"]
+    assert suggested.startswith(f"onnxslim-ptq tune {again} --reduce-range on --goal")
+    assert main([*command, "--eval", str(DIGITS / "calib" / "000.npz"), "-q"]) == 0
+    assert (
+        f"--calib {calib} --eval {DIGITS / 'calib' / '000.npz'} --goal" in facts_of(page.read_text())["next"]
+    )
+
+
 def test_the_suggested_command_makes_the_same_kind_of_result() -> None:
     given = {"recipe": "w8a8-minmax", "preprocess": None, "tokenizer": None, "target": "generic"}
     assert Again.of(given) == Again("", " --recipe w8a8-minmax --target generic")
