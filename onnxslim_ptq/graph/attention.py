@@ -6,8 +6,8 @@
 | ``Attention`` (ONNX), ``MultiHeadAttention``, ``GroupQueryAttention`` (com.microsoft) | inputs 0, 1, 2 |
 
 From a product the search walks back over what only arranges or rescales: the transpose of the keys, a constant scale,
-the repetition of key and value heads that several query heads share. The value it ends at has heads on axis 1, after
-norms and rotary embeddings, which are not crossed.
+heads that move into the batch, the repetition of key and value heads that several query heads share. The value it ends
+at has heads on axis 1, after norms and rotary embeddings, which are not crossed.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from onnxslim_ptq.graph.shapes import Shapes, fixed_shapes, infer_shapes
 
 __all__ = ["Attention", "Entry", "find_attention"]
 
-_BETWEEN = frozenset({"Mul", "Div", "Add", "Sub", "Where", "Cast", "Identity"})
-_BEHIND = frozenset({"Cast", "Identity", "Dropout"})
+# A Reshape where heads lie in the batch during the products.
+_BETWEEN = frozenset({"Mul", "Div", "Add", "Sub", "Where", "Cast", "Identity", "Reshape"})
+_BEHIND = frozenset({"Cast", "Identity", "Dropout", "Reshape"})
 _STEPS = 8  # nodes between a product and its Softmax
 _FUSED = {
     "Attention": frozenset({"", "ai.onnx"}),
@@ -177,7 +178,7 @@ def _arranged(graph: Graph, shapes: Shapes, node: gs.Node) -> int | None:
         ports = (1, 0) if node.op == "Mul" else (1,)
         constant = next((p for p in ports if _is_single(graph, shapes, node.inputs[p])), None)
         return None if constant is None else 1 - constant
-    if node.op == "Reshape" and _is_repetition(graph, shapes, node):
+    if node.op == "Reshape" and (_is_repetition(graph, shapes, node) or _moves_heads(shapes, node)):
         return 0
     if node.op in ("Expand", "Unsqueeze") and _feeds_repetition(graph, shapes, node):
         return 0
@@ -208,6 +209,14 @@ def _is_repetition(graph: Graph, shapes: Shapes, node: gs.Node) -> bool:
     return (
         middle[2] == 1 and narrow[1] == middle[1] and bool(wide[1] and narrow[1]) and wide[2:] == narrow[2:]
     )
+
+
+def _moves_heads(shapes: Shapes, node: gs.Node) -> bool:
+    """[B, H, S, D] -> this Reshape -> [B H, S, D]."""
+    wide, narrow = (shapes.dims.get(t.name) for t in (node.inputs[0], node.outputs[0]))
+    if wide is None or narrow is None or (len(wide), len(narrow)) != (4, 3) or None in (*wide, *narrow):
+        return False
+    return wide[2:] == narrow[1:] and bool(wide[1])
 
 
 def _feeds_repetition(graph: Graph, shapes: Shapes, node: gs.Node) -> bool:

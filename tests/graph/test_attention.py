@@ -49,6 +49,21 @@ def test_products_around_a_softmax(text: str) -> None:
     assert attention.name == "blk.0.attn"
 
 
+def test_heads_that_lie_in_the_batch_during_the_products() -> None:
+    """As in BLOOM: products of rank 3, the mask and the Softmax of rank 4."""
+    text = f"""g ({QKV}, float[B,1,S,S] mask) => (float[H,S,8] y)
+    <int64[3] rows = {{-1,5,8}}, int64[3] cols = {{-1,8,5}}, int64[4] heads = {{-1,4,5,5}},
+     int64[3] flat = {{-1,5,5}}> {{
+      q3 = Reshape (q, rows)  kt = Transpose <perm = [0, 1, 3, 2]> (k)  k3 = Reshape (kt, cols)  v3 = Reshape (v, rows)
+      s3 = MatMul (q3, k3)  s = Reshape (s3, heads)  m = Add (s, mask)  p = Softmax <axis = -1> (m)
+      p3 = Reshape (p, flat)  y = MatMul (p3, v3) }}""".replace("B,4,S,8", "B,4,5,8")
+    (attention,), reasons = find(text)
+    assert reasons == {}
+    assert [(e.tensor, e.axis, e.heads) for e in attention.entries.values()] == [
+        ("q", 1, 4), ("k", 1, 4), ("v", 1, 4)
+    ]  # fmt: skip
+
+
 def test_key_heads_that_queries_share_are_found_before_they_are_repeated() -> None:
     text = """g (float[B,6,S,8] q, float[B,2,S,8] k, float[B,2,S,8] v) => (float[B,6,S,8] y)
     <int64[1] two = {2}, int64[5] many = {1,2,3,1,1}, int64[4] shape = {0,6,-1,8}> {
