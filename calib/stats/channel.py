@@ -21,12 +21,13 @@ Floats = NDArray[np.float64]
 
 
 class ChannelStats:
-    """For each index c of ``probe.axis`` (default: the last): lo, hi, Σ x, Σ|x| and the count over finite x.
+    """For each index c of ``probe.axis`` (default: the last), over finite x: lo, hi, Σ x, Σ|x|, the count, and the sum
+    over samples of a sample's max |x|.
 
     Any shape whose channel axis keeps its size, any real dtype. A sample's sums are float64 and are added with
     `ExactSum`, everything else is a minimum, a maximum or an integer, so merging is exact in any order. State:
-    ``axis`` int64 0-d; once something was seen ``lo``, ``hi`` float64 [C], ``n`` int64 [C], the digits of ``sum``
-    and ``size``; and the state of ``extent`` (a `MinMaxStats`) prefixed by ``extent.``.
+    ``axis`` int64 0-d; once something was seen ``lo``, ``hi`` float64 [C], ``n`` int64 [C], ``samples`` int64 0-d, the
+    digits of ``sum``, ``size`` and ``peak``; and the state of ``extent`` (a `MinMaxStats`) prefixed by ``extent.``.
     """
 
     def __init__(self, probe: Probe | None = None) -> None:
@@ -43,6 +44,8 @@ class ChannelStats:
         self.count: NDArray[np.int64] = np.zeros(channels, np.int64)
         self._sum = ExactSum((channels,), _FOLDS)
         self._size = ExactSum((channels,), _FOLDS)
+        self._peak = ExactSum((channels,), _FOLDS)
+        self.samples = 0
 
     @property
     def absmax(self) -> Floats:
@@ -58,6 +61,11 @@ class ChannelStats:
     def abs_sum(self) -> Floats:
         """Σ|x| per channel, float64 [C]."""
         return self._size.value
+
+    @property
+    def mean_peak(self) -> Floats:
+        """The mean over samples of a sample's max |x| per channel, float64 [C]; 0 before the first sample."""
+        return self._peak.value / max(self.samples, 1)
 
     def update(self, x: Array, sample: SampleId) -> None:
         """Take in one tensor of one sample; CalibrationError when the channel axis is missing or changed its size."""
@@ -105,6 +113,10 @@ class ChannelStats:
     def _reach(self, lows: Array, highs: Array) -> None:
         self.lo = np.minimum(self.lo, lows.astype(np.float64) + 0.0)  # no -0.0: it depends on order
         self.hi = np.maximum(self.hi, highs.astype(np.float64) + 0.0)
+        # A channel of which this sample has no finite value has lo > hi.
+        peaks = np.where(lows <= highs, np.maximum(-lows.astype(np.float64), highs), 0.0)
+        self._peak.add(peaks)
+        self.samples += 1
 
     def merge(self, other: Stats) -> None:
         """Add what ``other`` has seen; TypeError for another statistic, CalibrationError for other channels."""
@@ -124,6 +136,8 @@ class ChannelStats:
         self.count += other.count
         self._sum.merge(other._sum)
         self._size.merge(other._size)
+        self._peak.merge(other._peak)
+        self.samples += other.samples
 
     def state(self) -> dict[str, Array]:
         """Return the arrays described in the class docstring."""
@@ -132,7 +146,9 @@ class ChannelStats:
         if not self.seen:
             return {**axis, **extent}
         own: dict[str, Array] = {"lo": self.lo.copy(), "hi": self.hi.copy(), "n": self.count.copy()}
-        return {**axis, **extent, **own, **self._sum.state("sum"), **self._size.state("size")}
+        samples: dict[str, Array] = {"samples": np.array(self.samples, np.int64)}
+        sums = {**self._sum.state("sum"), **self._size.state("size"), **self._peak.state("peak")}
+        return {**axis, **extent, **own, **samples, **sums}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Array]) -> ChannelStats:
@@ -146,6 +162,8 @@ class ChannelStats:
             new.count = state["n"].astype(np.int64)
             new._sum = ExactSum.from_state(state, "sum")
             new._size = ExactSum.from_state(state, "size")
+            new._peak = ExactSum.from_state(state, "peak")
+            new.samples = int(state["samples"])
         return new
 
 

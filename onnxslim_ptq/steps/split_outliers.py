@@ -25,8 +25,8 @@ class SplitOutliers(GroupsConfig):
 
     type: Literal["split_outliers"]
     groups: tuple[GroupKind, ...] = kinds_field(*FOLDED, GroupKind.UNFUSED)
-    share: Annotated[float, number(0, 0.5, open_lo=True)] = 0.01
-    ratio: Annotated[float, number(2)] = 8.0
+    share: Annotated[float, number(0, 0.5, open_lo=True)] = 0.06
+    ratio: Annotated[float, number(2)] = 3.0
 
 
 def run(workspace: Workspace, groups: Sequence[SmoothGroup], config: SplitOutliers) -> list[Smoothed]:
@@ -43,7 +43,9 @@ def run(workspace: Workspace, groups: Sequence[SmoothGroup], config: SplitOutlie
     done = []
     for group in fitting:
         seen = smoothing.channels(group, stats)
-        chosen = () if seen is None else outliers(seen.absmax, config.share, config.ratio)
+        if seen is None:
+            continue
+        chosen = outliers(seen.absmax, seen.mean_peak, config.share, config.ratio)
         if chosen:
             split_channels(workspace.graph, group.consumers, chosen)
             nodes = tuple(c.node for c in group.consumers)
@@ -54,15 +56,18 @@ def run(workspace: Workspace, groups: Sequence[SmoothGroup], config: SplitOutlie
     return done
 
 
-def outliers(size: Floats, share: float, ratio: float) -> tuple[int, ...]:
-    """C = {j: A_j > 2 B} when max A >= ratio · B; B is the largest A_j once max(1, share · channels) are gone.
+def outliers(size: Floats, usual: Floats, share: float, ratio: float) -> tuple[int, ...]:
+    """C = {j: A_j > 2 A' and P_j > 2 P'} when max A >= ratio · A'.
 
-    size: A_j = max |x_j| over all samples, float64 [channels]. Empty when no channel stands out, or B is 0.
+    size: A_j = max |x_j| over all samples, usual: P_j = mean over the samples of max |x_j| in each, float64 [channels];
+    A' and P' are the largest that remain once max(1, share · channels) are gone. A channel that is loud in a few
+    samples only is none of C: in other samples others are, and the range that is left would clip them. Empty when A'
+    is 0.
     """
     many = max(1, int(share * size.size))
     if many >= size.size:
         return ()
-    base = float(np.sort(size)[::-1][many])
-    if base <= 0 or float(size.max()) < ratio * base:
+    largest, mean = (float(np.sort(of)[::-1][many]) for of in (size, usual))
+    if largest <= 0 or float(size.max()) < ratio * largest:
         return ()
-    return tuple(int(j) for j in np.flatnonzero(size > 2 * base))
+    return tuple(int(j) for j in np.flatnonzero((size > 2 * largest) & (usual > 2 * mean)))

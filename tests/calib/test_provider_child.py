@@ -371,7 +371,7 @@ class TestReducedOnTheDevice:
         for probe in probes:
             here, there = on_cpu[probe], on_device[probe]
             fields = {"minmax": "lo hi count", "series": "lo hi sum square n", "mean": "mean"}
-            for name in fields.get(probe.kind, "lo hi sum abs_sum count").split():
+            for name in fields.get(probe.kind, "lo hi sum abs_sum mean_peak count").split():
                 seen, exact = getattr(there, name), getattr(here, name)
                 if name in ("lo", "hi", "count", "n"):
                     np.testing.assert_array_equal(seen, exact)

@@ -180,6 +180,8 @@ def test_channel(shape: tuple[int, ...], axis: int) -> None:
     np.testing.assert_array_equal(stats.absmax, np.abs(both).max(axis=1))
     np.testing.assert_allclose(stats.sum, both.sum(axis=1), rtol=1e-12, atol=1e-14)
     np.testing.assert_allclose(stats.abs_sum, np.abs(both).sum(axis=1), rtol=1e-12)
+    once = np.abs(both[:, : x.size // 3]).max(axis=1)
+    np.testing.assert_allclose(stats.mean_peak, 1.5 * once, rtol=1e-12)  # of one sample, and of twice that
     assert (stats.count == both.shape[1]).all()
 
 
@@ -189,6 +191,8 @@ def test_channel_leaves_out_what_is_not_finite() -> None:
     assert stats.lo.tolist() == [-2, np.inf, -128]
     assert (stats.absmax.tolist(), stats.count.tolist()) == ([2, 0, 128], [2, 0, 1])
     assert (stats.sum.tolist(), stats.abs_sum.tolist()) == ([-1, 0, -128], [3, 0, 128])
+    stats.update(np.array([[6, 4, np.nan]], np.float16), SampleId(1))
+    assert stats.mean_peak.tolist() == [4, 2, 64]
 
 
 def test_channel_of_int8_knows_the_size_of_the_smallest() -> None:

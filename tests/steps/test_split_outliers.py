@@ -62,11 +62,18 @@ def data(count: int = 8) -> list[dict[str, np.ndarray]]:
 
 def test_outliers_are_what_the_formula_says() -> None:
     size = np.array([1.0, 90, 2, 3.9, 800, 4, 2, 4.1, 3, 2])
-    assert outliers(size, share=0.2, ratio=8) == (1, 4)  # B = 4.1
-    assert outliers(size, share=0.1, ratio=8) == (4,)  # B = 90, and only 800 is above 180
-    assert outliers(size, share=0.1, ratio=9) == ()
-    assert outliers(np.array([5.0, 0, 0]), 0.01, 8) == ()
-    assert outliers(np.array([5.0]), 0.5, 2) == ()
+    assert outliers(size, size / 9, share=0.2, ratio=8) == (1, 4)  # A' = 4.1
+    assert outliers(size, size / 9, share=0.1, ratio=8) == (4,)  # A' = 90, and only 800 is above 180
+    assert outliers(size, size / 9, share=0.1, ratio=9) == ()
+    few = np.array([5.0, 0, 0])
+    assert outliers(few, few, 0.01, 8) == ()
+    assert outliers(few[:1], few[:1], 0.5, 2) == ()
+
+
+def test_a_channel_that_is_loud_once_stays() -> None:
+    size = np.array([1.0, 90, 2, 3.9, 800, 4, 2, 4.1, 3, 2])
+    usual = np.array([0.1, 9, 0.2, 0.4, 0.3, 0.4, 0.2, 0.4, 0.3, 0.2])
+    assert outliers(size, usual, share=0.2, ratio=8) == (1,)
 
 
 @pytest.mark.parametrize(
