@@ -97,9 +97,8 @@ class Workspace:
             probes,
             self.calibration,
             device=self.device,
-            options=SessionOptions(
-                threads=self.threads, lanes=1
-            ),  # more would be faster and take more memory
+            # More lanes would be faster and take more memory.
+            options=SessionOptions(threads=self.threads, lanes=1),
             listener=self.listener,
             how=self.gathering,
         )

@@ -105,17 +105,16 @@ class ChannelStats:
     def _add(self, lows: Array, highs: Array, block: Array) -> None:
         self._reach(lows, highs)
         self._sum.add(_sums(block))
-        signed = (
-            block.astype(np.float64) if block.dtype.kind == "i" else block
-        )  # the size of -128 does not fit int8
+        # The size of -128 does not fit int8.
+        signed = block.astype(np.float64) if block.dtype.kind == "i" else block
         self._size.add(_sums(np.abs(signed)))
 
     def _reach(self, lows: Array, highs: Array) -> None:
-        self.lo = np.minimum(self.lo, lows.astype(np.float64) + 0.0)  # no -0.0: it depends on order
-        self.hi = np.maximum(self.hi, highs.astype(np.float64) + 0.0)
-        # A channel of which this sample has no finite value has lo > hi.
-        peaks = np.where(lows <= highs, np.maximum(-lows.astype(np.float64), highs), 0.0)
-        self._peak.add(peaks)
+        """Take in the extremes of one sample; a channel of which it has no finite value has lo > hi."""
+        # No -0.0: it depends on the order.
+        lo, hi = (np.asarray(ends, np.float64) + 0.0 for ends in (lows, highs))
+        self.lo, self.hi = np.minimum(self.lo, lo), np.maximum(self.hi, hi)
+        self._peak.add(np.where(lo <= hi, np.maximum(-lo, hi), 0.0))
         self.samples += 1
 
     def merge(self, other: Stats) -> None:

@@ -61,9 +61,8 @@ class RayActors:
         try:
             threads = max(1, options.threads)
             count = count or max(1, int(self._ray.cluster_resources().get("CPU", 1)) // threads)
-            actor = self._ray.remote(_Actor).options(
-                num_cpus=threads, max_concurrency=2
-            )  # to work, and to tell
+            # Two at a time: to work, and to tell how far it is.
+            actor = self._ray.remote(_Actor).options(num_cpus=threads, max_concurrency=2)
             proto = self._ray.put(model.proto.SerializeToString())
             weights = self._ray.put(dict(model.weights))
             self._actors = [actor.remote(proto, weights, data, device, options) for _ in range(count)]

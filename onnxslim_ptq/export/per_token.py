@@ -114,9 +114,8 @@ def scale_back(graph: Graph, node: gs.Node, rows: Rows, weight: WeightCodes) -> 
         added.append(_add(graph, "Mul", f"{name}_centre", [rows.centres, sums]))
     if node.op == "Gemm" and len(node.inputs) > 2 and node.inputs[2].name:
         added.append(node.inputs[2])
-        del node.inputs[
-            2
-        ]  # an empty name in its place is as good in ONNX, but OpenVINO's CPU plug-in stumbles over it
+        # An empty name in its place is as good in ONNX, but OpenVINO's CPU plug-in stumbles over it.
+        del node.inputs[2]
     steps = [("Mul", rows.scales), *(("Add", value) for value in added)]
     for index, (op, value) in enumerate(steps):
         last = index == len(steps) - 1

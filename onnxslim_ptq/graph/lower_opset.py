@@ -79,9 +79,8 @@ _REDUCE_INPUT = frozenset(
     f"Reduce{k}" for k in ("Max", "Mean", "Min", "Prod", "L1", "L2", "LogSum", "LogSumExp")
 )
 _REDUCE = _REDUCE_INPUT | {"ReduceSumSquare"}
-_OLD = {
-    "dilations": 1
-}  # attributes that came later without a default, and the value that is the old behaviour
+# Attributes that came later without a default, and the value that is the old behaviour.
+_OLD = {"dilations": 1}
 _NEW_MODES = {
     "Pad": ("mode", ("wrap",)),
     "Resize": ("coordinate_transformation_mode", ("half_pixel_symmetric",)),
