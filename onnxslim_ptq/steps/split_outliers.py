@@ -25,8 +25,8 @@ class SplitOutliers(GroupsConfig):
 
     type: Literal["split_outliers"]
     groups: tuple[GroupKind, ...] = kinds_field(*FOLDED, GroupKind.UNFUSED)
-    share: Annotated[float, number(0, 0.5, open_lo=True)] = 0.06
-    ratio: Annotated[float, number(2)] = 3.0
+    share: Annotated[float, number(0, 0.5, open_lo=True)] = 0.03
+    ratio: Annotated[float, number(2)] = 4.0
 
 
 def run(workspace: Workspace, groups: Sequence[SmoothGroup], config: SplitOutliers) -> list[Smoothed]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +152,7 @@ def test_interrupted_leaves_nothing(sent: signal.Signals, code: int, tmp_path: P
         stderr=theirs,
         stdout=subprocess.DEVNULL,
         start_new_session=True,  # a group of its own, which is killed as a whole
+        preexec_fn=partial(signal.signal, sent, signal.SIG_DFL),  # a job in the background ignores SIGINT
     )
     os.close(theirs)
     watchdog = threading.Timer(_TOO_LONG, os.killpg, (process.pid, signal.SIGKILL))
