@@ -21,7 +21,7 @@ from calib.saved.progress import Resume, SweepKey, SweepProgress
 from calib.types import Dataset, Probe, Stats
 from calib.workers.cluster import RayActors
 from calib.workers.parallel import Processes
-from calib.workers.part import Crew, Here
+from calib.workers.part import Crew, Here, merged
 
 __all__ = ["WORKER_THREADS", "Gathering", "gather"]
 
@@ -88,7 +88,7 @@ def gather(
         return progress.stats
     with _crew(how, model, data, device, options, listener) as crew:
         if progress is None:
-            return _merged(crew, probes, rest)
+            return merged(crew.round(probes, rest, float("inf"))).stats
         assert how.resume is not None
         _in_blocks(crew, probes, rest, progress, how.resume.every)
     return progress.stats
@@ -109,14 +109,6 @@ def _progress(
         conditions=conditions(device, options),
     )
     return SweepProgress(resume, key, probes)
-
-
-def _merged(crew: Crew, probes: Sequence[Probe], positions: Sequence[int]) -> dict[Probe, Stats]:
-    first, *others = crew.round(probes, positions, float("inf"))
-    for part in others:
-        for probe, stat in first.stats.items():
-            stat.merge(part.stats[probe])
-    return first.stats
 
 
 def _in_blocks(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -99,14 +98,13 @@ def export(
     before = lower_ascend(source) if is_ascend(source) else source
     after = renderer.runnable(rendered)
     errors = _compared(before, after, shapes, seed)
-    excuse = None
-    if exact is not None and _worst(errors) < min_agreement:
+    agreement, excuse = worst_sqnr(errors), None
+    if exact is not None and agreement is not None and agreement < min_agreement:
         excuse = _as_close(exact, before, after, shapes, seed)
     if excuse is None:
         _require_agreement(errors, source.name, target, min_agreement)
     else:
         notes.append(excuse)
-    agreement = worst_sqnr(errors)
     context = _context(source, origin, rendered, target, agreement)
     inputs = [*source_files(source.path), *([] if float_model is None else source_files(Path(float_model)))]
     with ExitStack() as stack:
@@ -135,10 +133,6 @@ def _compared(
     return compare_outputs(exact, seen, names, data)
 
 
-def _worst(errors: list[OutputError]) -> float:
-    return min((e.sqnr for e in errors if e.sqnr is not None), default=math.inf)
-
-
 def _as_close(
     exact: Model, before: Model, after: Model, shapes: Mapping[str, tuple[int, ...]] | None, seed: int
 ) -> str | None:
@@ -149,11 +143,10 @@ def _as_close(
     old, new = (_compared(exact, model, shapes, seed) for model in (before, after))
     pairs = [(a.sqnr, b.sqnr) for a, b in zip(old, new, strict=True)]
     further = any(a is not None and (b is None or b < a - _FURTHER_DB) for a, b in pairs)
-    if further or _worst(new) < _LEAST_DB or any(error.faults for error in new):
+    known, worst = worst_sqnr(old), worst_sqnr(new)
+    if known is None or worst is None or worst < _LEAST_DB or further or any(e.faults for e in new):
         return None
-    return (
-        f"it is {_worst(new):.1f} dB from the float model on these samples, the source {_worst(old):.1f} dB"
-    )
+    return f"it is {worst:.1f} dB from the float model on these samples, the source {known:.1f} dB"
 
 
 def _require_agreement(errors: list[OutputError], name: str, target: str, bound: float) -> None:

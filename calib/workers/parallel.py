@@ -29,7 +29,7 @@ from calib.readers import subset
 from calib.runner import collect, sweeps_of
 from calib.types import Dataset, Probe, Sample, Stats
 from calib.workers.luggage import is_portable, write_for_workers
-from calib.workers.part import Part, Slice, Stopped
+from calib.workers.part import Part, Slice, Stopped, merged
 
 __all__ = ["Processes", "shards"]
 
@@ -120,13 +120,9 @@ class Processes:
         for group in sweeps:
             futures = [self._pool.submit(_fed_samples, group) for _ in range(self._count)]
             done = self._feed(futures, positions, seconds, meter, done)
-            first, *others = _seen(futures)
-            for part in others:
-                for probe, stat in first.stats.items():
-                    stat.merge(part.stats[probe])
-            stats |= first.stats
-            positions = sorted(p for part in (first, *others) for p in part.positions)
-            seconds = float("inf")
+            part = merged(_seen(futures))
+            stats |= part.stats
+            positions, seconds = part.positions, float("inf")
         return Part(list(positions), stats)
 
     def _watch(self, futures: Sequence[Future[Part]], meter: Meter, done: int) -> int:

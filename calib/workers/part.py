@@ -14,7 +14,7 @@ from calib.readers import subset
 from calib.runner import collect
 from calib.types import Dataset, Probe, Sample, Stats
 
-__all__ = ["Collect", "Crew", "Here", "Part", "Slice", "Stopped"]
+__all__ = ["Collect", "Crew", "Here", "Part", "Slice", "Stopped", "merged"]
 
 
 class Collect(Protocol):
@@ -38,6 +38,15 @@ class Part:
 
     positions: list[int]
     stats: dict[Probe, Stats]
+
+
+def merged(parts: Sequence[Part]) -> Part:
+    """All samples of ``parts``, at least one, in one; the statistics of the first take in those of the others."""
+    first, *others = parts
+    for part in others:
+        for probe, stat in first.stats.items():
+            stat.merge(part.stats[probe])
+    return Part(sorted(p for part in parts for p in part.positions), first.stats)
 
 
 class Stopped(Exception):

@@ -74,7 +74,8 @@ class Attention:
 
 def find_attention(graph: Graph) -> tuple[list[Attention], dict[str, str]]:
     """Every attention in graph order, and why a node that looks like one is none; names are unique (``#2``)."""
-    shapes, fixed = infer_shapes(graph), fixed_shapes(graph)
+    shapes = infer_shapes(graph)
+    fixed = fixed_shapes(graph, shapes)
     found: list[Attention] = []
     reasons: dict[str, str] = {}
     taken: dict[str, int] = {}

@@ -59,9 +59,12 @@ def infer_shapes(graph: Graph, first: int = _FIRST_PRIME) -> Shapes:
     return shapes
 
 
-def fixed_shapes(graph: Graph) -> Shapes:
-    """`infer_shapes` less what depends on dynamic dimensions: those that change with the primes are None."""
-    shapes, others = infer_shapes(graph), infer_shapes(graph, _OTHER_PRIME)
+def fixed_shapes(graph: Graph, known: Shapes | None = None) -> Shapes:
+    """`infer_shapes` (``known``, if it was called) less what depends on dynamic dimensions.
+
+    Dimensions that change with the primes are None.
+    """
+    shapes, others = known or infer_shapes(graph), infer_shapes(graph, _OTHER_PRIME)
     found = Shapes(kinds=shapes.kinds)
     for name, dims in shapes.dims.items():
         again = others.dims.get(name, ())
